@@ -1,0 +1,99 @@
+//! The routes under `/capstan/v1`: what the command line asks of a node. All need the admin token.
+use std::convert::Infallible;
+
+use axum::body::Body;
+use axum::extract::{DefaultBodyLimit, State};
+use axum::http::header;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router, middleware};
+use bytes::Bytes;
+use capstan_proto::manage::{ClusterStatus, LoadEvent, LoadRequest, TicketReply};
+use futures::stream;
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use crate::body::JsonBody;
+use crate::error::ApiError;
+use crate::{App, guard};
+
+/// Largest body of a management call in bytes: a load that names a range for each of a thousand layers.
+const BODY_BYTES_MAX: usize = 256 << 10;
+
+#[derive(Deserialize)]
+struct Unload {
+    name: String,
+}
+
+#[derive(Deserialize)]
+struct NewTicket {
+    ttl_s: u64,
+    #[serde(default)]
+    reusable: bool,
+}
+
+#[derive(Deserialize)]
+struct Join {
+    ticket: String,
+}
+
+pub(crate) fn routes(app: &App) -> Router<App> {
+    Router::new()
+        .route("/status", get(status))
+        .route("/load", post(load))
+        .route("/unload", post(unload))
+        .route("/ticket", post(ticket))
+        .route("/join", post(join))
+        .route("/leave", post(leave))
+        .route("/stop", post(stop))
+        .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
+        .route_layer(middleware::from_fn_with_state(app.clone(), guard::check_token))
+}
+
+async fn status(State(app): State<App>) -> Json<ClusterStatus> {
+    Json(app.service.status().await)
+}
+
+/// Events as lines of JSON. A client that goes away stops nothing: the load goes on.
+async fn load(State(app): State<App>, JsonBody(request): JsonBody<LoadRequest>) -> Result<Response, ApiError> {
+    let events = app.service.load(request).await?;
+    let lines = stream::unfold((events, false), |(mut events, ended)| async move {
+        if ended {
+            return None;
+        }
+        let event = events.recv().await.unwrap_or_else(|| LoadEvent::Failed {
+            message: "the load broke off without a reason; see the node's log, then load again".into(),
+        });
+        let ended = matches!(event, LoadEvent::Ready { .. } | LoadEvent::Failed { .. });
+        let mut line = serde_json::to_vec(&event).unwrap_or_else(|e| {
+            tracing::error!("a load event could not be written as JSON: {e}");
+            b"{}".to_vec()
+        });
+        line.push(b'\n');
+        Some((Ok::<_, Infallible>(Bytes::from(line)), (events, ended)))
+    });
+    Ok(([(header::CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(lines)).into_response())
+}
+
+async fn unload(State(app): State<App>, JsonBody(body): JsonBody<Unload>) -> Result<Json<Value>, ApiError> {
+    app.service.unload(body.name.clone()).await?;
+    Ok(Json(json!({"unloaded": body.name})))
+}
+
+async fn ticket(State(app): State<App>, JsonBody(body): JsonBody<NewTicket>) -> Result<Json<TicketReply>, ApiError> {
+    Ok(Json(app.service.ticket(body.ttl_s, body.reusable).await?))
+}
+
+async fn join(State(app): State<App>, JsonBody(body): JsonBody<Join>) -> Result<Json<ClusterStatus>, ApiError> {
+    Ok(Json(app.service.join(body.ticket).await?))
+}
+
+async fn leave(State(app): State<App>) -> Result<Json<Value>, ApiError> {
+    app.service.leave().await?;
+    Ok(Json(json!({"left": true})))
+}
+
+async fn stop(State(app): State<App>) -> Json<Value> {
+    app.service.stop().await;
+    Json(json!({"stopped": true}))
+}

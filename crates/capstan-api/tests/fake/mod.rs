@@ -1,0 +1,181 @@
+//! A node that answers from a script: the model's name says what happens.
+use std::sync::{Arc, Mutex};
+
+use async_trait::async_trait;
+use capstan_api::{ApiOptions, router, serve};
+use capstan_node::service::Service;
+use capstan_proto::generate::{
+    Alternative, ErrorKind, FinishReason, GenerateEvent, GenerateRequest, RequestError, TokenLogprob, Usage,
+};
+use capstan_proto::manage::{
+    ClusterStatus, DeploymentStatus, Health, LoadEvent, LoadRequest, ManageError, NodeStatus, TicketReply,
+};
+use capstan_proto::{ClusterId, DeploymentId, Epoch, NodeId};
+use tokio::sync::{mpsc, oneshot};
+
+/// The admin token of the fake node.
+pub const TOKEN: &str = "0123abcd";
+/// What can be asked for.
+pub const MODELS: [&str; 9] = ["tiny", "org/slash", "endless", "lost", "busy", "long", "broken", "away", "silent"];
+
+/// The scripted node.
+#[derive(Default)]
+pub struct Fake {
+    /// Requests as they came.
+    pub requests: Mutex<Vec<GenerateRequest>>,
+    /// Fired when the receiver of an endless answer is dropped.
+    pub dropped: Mutex<Option<oneshot::Sender<()>>>,
+    /// Fired when a load has sent its last event, whoever listens.
+    pub loaded: Mutex<Option<oneshot::Sender<()>>>,
+}
+
+fn alternative(token: i32, text: &str, logprob: f32) -> Alternative {
+    Alternative { token, bytes: text.as_bytes().to_vec(), logprob }
+}
+
+fn token(token: i32, text: &str, logprobs: bool) -> GenerateEvent {
+    let chosen = alternative(token, text, -0.5);
+    let top = vec![alternative(token, text, -0.5), alternative(99, "x", f32::NEG_INFINITY)];
+    let logprob = logprobs.then_some(TokenLogprob { chosen, top });
+    GenerateEvent::Token { token, text: text.into(), logprob, logits: None }
+}
+
+/// The events of an answer that goes well.
+pub fn script(logprobs: bool) -> Vec<GenerateEvent> {
+    let usage = Usage { prompt_tokens: 7, cached_tokens: 2, completion_tokens: 3, ..Usage::default() };
+    vec![
+        GenerateEvent::Started { prompt_tokens: 7 },
+        token(1, "Hé", logprobs),
+        token(2, "", logprobs),
+        token(3, "llo", logprobs),
+        GenerateEvent::Finished { reason: FinishReason::Stop, text: "!".into(), usage },
+    ]
+}
+
+fn failed(kind: ErrorKind) -> GenerateEvent {
+    GenerateEvent::Failed(RequestError::new(kind, format!("{kind:?} happened; do something")))
+}
+
+fn deployment(i: usize, name: &str) -> DeploymentStatus {
+    DeploymentStatus {
+        id: DeploymentId(i as u64),
+        name: name.into(),
+        model_hash: String::new(),
+        architecture: "llama".into(),
+        layers: 1,
+        epoch: Epoch(1),
+        health: Health::Ready,
+        detail: String::new(),
+        coordinator: NodeId([1; 32]),
+        ctx: 64,
+        slots: 1,
+        stages: Vec::new(),
+        created_unix_s: 1_700_000_000,
+    }
+}
+
+#[async_trait]
+impl Service for Fake {
+    async fn status(&self) -> ClusterStatus {
+        ClusterStatus {
+            cluster: ClusterId([2; 32]),
+            version: "1.2.3".into(),
+            nodes: Vec::<NodeStatus>::new(),
+            deployments: MODELS.iter().enumerate().map(|(i, m)| deployment(i, m)).collect(),
+        }
+    }
+
+    async fn generate(&self, request: GenerateRequest) -> Result<mpsc::Receiver<GenerateEvent>, RequestError> {
+        self.requests.lock().unwrap().push(request.clone());
+        let mut events = script(request.logprobs.is_some());
+        let (sender, receiver) = mpsc::channel(8);
+        match request.model.as_str() {
+            "busy" => return Err(RequestError::new(ErrorKind::Busy, "the queue is full; come back later")),
+            "long" => events = vec![failed(ErrorKind::ContextExceeded)],
+            "broken" => events.truncate(2),
+            "away" => return Err(RequestError::new(ErrorKind::Unavailable, "the model is loading; come back later")),
+            "lost" => {
+                events.truncate(2);
+                events.push(failed(ErrorKind::StageLost));
+            }
+            "silent" => events.clear(),
+            _ => {}
+        }
+        let endless = matches!(request.model.as_str(), "endless" | "silent");
+        if request.model == "endless" {
+            events.truncate(2);
+        }
+        for event in events {
+            sender.try_send(event).unwrap();
+        }
+        if endless {
+            let dropped = self.dropped.lock().unwrap().take();
+            tokio::spawn(async move {
+                sender.closed().await;
+                dropped.map(|d| d.send(()))
+            });
+        }
+        Ok(receiver)
+    }
+
+    async fn load(&self, request: LoadRequest) -> Result<mpsc::Receiver<LoadEvent>, ManageError> {
+        if request.path.is_empty() {
+            return Err(ManageError::new(400, "the path is empty; name a GGUF"));
+        }
+        let (sender, receiver) = mpsc::channel(1);
+        let loaded = self.loaded.lock().unwrap().take();
+        tokio::spawn(async move {
+            for stage in 0..100 {
+                let _ = sender.send(LoadEvent::Loaded { stage }).await;
+            }
+            let _ = sender.send(LoadEvent::Ready { deployment: deployment(0, "tiny") }).await;
+            loaded.map(|l| l.send(()))
+        });
+        Ok(receiver)
+    }
+
+    async fn unload(&self, name: String) -> Result<(), ManageError> {
+        Err(ManageError::new(404, format!("{name} is not loaded; nothing was changed")))
+    }
+
+    async fn ticket(&self, ttl_s: u64, reusable: bool) -> Result<TicketReply, ManageError> {
+        Ok(TicketReply { ticket: "t".into(), expires_unix_s: ttl_s, reusable })
+    }
+
+    async fn join(&self, _: String) -> Result<ClusterStatus, ManageError> {
+        Err(ManageError::new(9999, "a status that is none"))
+    }
+
+    async fn leave(&self) -> Result<(), ManageError> {
+        Ok(())
+    }
+
+    async fn stop(&self) {}
+}
+
+/// A served fake node; it stops when this is dropped.
+pub struct Server {
+    /// The script.
+    pub fake: Arc<Fake>,
+    /// `http://127.0.0.1:PORT`.
+    pub base: String,
+    /// Ends the server.
+    pub stop: Option<oneshot::Sender<()>>,
+    /// Ends with the server.
+    pub task: Option<tokio::task::JoinHandle<std::io::Result<()>>>,
+}
+
+impl Server {
+    /// Serves on a free port of loopback.
+    pub async fn start() -> Self {
+        let fake = Arc::new(Fake::default());
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let addr = listener.local_addr().unwrap();
+        let (stop, stopped) = oneshot::channel::<()>();
+        let routes = router(fake.clone(), ApiOptions::new(TOKEN, addr.ip()));
+        let task = tokio::spawn(serve(listener, routes, async move {
+            let _ = stopped.await;
+        }));
+        Self { fake, base: format!("http://{addr}"), stop: Some(stop), task: Some(task) }
+    }
+}

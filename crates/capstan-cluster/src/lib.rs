@@ -1,0 +1,19 @@
+//! Members, tickets and who is online, as pure state: time, keys and randomness are arguments.
+//!
+//! | module | idea |
+//! |---|---|
+//! | [`members`] | a member list that converges whatever order news arrives in |
+//! | [`ticket`] | one word that lets a node in, and the book of those that were issued |
+//! | [`detector`] | who answered lately |
+//!
+//! Changes are values ([`members::Command`]) that are applied in one place, so that a log can replicate them.
+#![forbid(unsafe_code)]
+
+pub mod detector;
+pub mod members;
+pub mod ticket;
+
+pub use capstan_proto::control::{Member, MemberState};
+pub use detector::Detector;
+pub use members::{Command, MemberError, Members};
+pub use ticket::{Ticket, TicketBook, TicketError};

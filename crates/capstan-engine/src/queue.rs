@@ -1,0 +1,43 @@
+//! Requests that wait for a slot, first come, first served.
+use std::collections::VecDeque;
+
+use capstan_proto::RequestId;
+
+/// A request without a slot.
+#[derive(Debug)]
+pub(crate) struct Request {
+    pub id: RequestId,
+    pub prompt: Vec<i32>,
+    pub max_tokens: Option<u32>,
+}
+
+/// The line before the slots. Its bound is the engine's to keep: it depends on how many slots are free.
+#[derive(Debug, Default)]
+pub(crate) struct Queue {
+    requests: VecDeque<Request>,
+}
+
+impl Queue {
+    pub fn push(&mut self, request: Request) {
+        self.requests.push_back(request);
+    }
+
+    pub fn pop(&mut self) -> Option<Request> {
+        self.requests.pop_front()
+    }
+
+    /// Whether it was there.
+    pub fn remove(&mut self, id: RequestId) -> bool {
+        let before = self.requests.len();
+        self.requests.retain(|r| r.id != id);
+        self.requests.len() < before
+    }
+
+    pub fn len(&self) -> usize {
+        self.requests.len()
+    }
+
+    pub fn ids(&self) -> impl Iterator<Item = RequestId> {
+        self.requests.iter().map(|r| r.id)
+    }
+}

@@ -1,0 +1,264 @@
+//! A pipeline in one thread: an engine, a ring of fake stages with queues between them, and a driver that is greedy.
+//! Who acts next is drawn from a seed, so every delay that a network could cause is tried, and every run replays.
+use std::collections::{BTreeMap, VecDeque};
+
+use capstan_engine::{
+    Completed, Engine, EngineConfig, FakeModel, FakeStage, FinishedBy, PlannedBatch, Stage, StageOutput, TokenOutcome,
+};
+use capstan_proto::data::{MicroBatch, Payload};
+use capstan_proto::{Epoch, RequestId};
+
+/// The token that ends an answer.
+pub const END: i32 = 0;
+
+/// How a request went.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum End {
+    /// The model said [`END`].
+    Model,
+    Length(FinishedBy),
+    Cancelled,
+    Lost,
+}
+
+pub fn greedy(logits: &[f32]) -> i32 {
+    let best = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1));
+    best.map_or(END, |(i, _)| i as i32)
+}
+
+/// The answer of one request alone on a whole model: its tokens and how it ended. Written without the engine.
+pub fn alone(model: FakeModel, prompt: &[i32], max_tokens: Option<u32>, ctx: u32) -> (Vec<i32>, End) {
+    let mut stage = FakeStage::pipeline(model, 1).remove(0);
+    let mut answer = Vec::new();
+    let mut fed = prompt.to_vec();
+    let mut pos = 0;
+    for step in 0.. {
+        let count = fed.len() as u32;
+        let rows = (pos..pos + count).map(|pos| capstan_proto::data::Row {
+            slot: 0,
+            pos,
+            output: pos + 1 >= prompt.len() as u32,
+        });
+        let rows = rows.collect();
+        let batch = MicroBatch { epoch: Epoch(0), step, ops: vec![], rows, payload: Payload::Tokens(fed) };
+        let Ok(StageOutput::Logits(logits)) = stage.forward(&batch) else { panic!("the whole model gives logits") };
+        pos += count;
+        let token = greedy(&logits);
+        if token == END {
+            return (answer, End::Model);
+        }
+        answer.push(token);
+        if max_tokens == Some(answer.len() as u32) {
+            return (answer, End::Length(FinishedBy::MaxTokens));
+        }
+        if prompt.len() + answer.len() == ctx as usize {
+            return (answer, End::Length(FinishedBy::Context));
+        }
+        fed = vec![token];
+    }
+    unreachable!("a context ends")
+}
+
+/// A small generator of our own, so that a seed means the same on every machine.
+pub struct Dice(pub u64);
+
+impl Dice {
+    pub fn below(&mut self, n: usize) -> usize {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut x = self.0;
+        x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        x = (x ^ (x >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        ((x ^ (x >> 31)) % n.max(1) as u64) as usize
+    }
+}
+
+/// What the checks on fairness need to know of a request.
+#[derive(Default)]
+struct Watch {
+    prompt_rows_left: usize,
+    /// How many micro-batches had been planned when its token became ready.
+    ready_at: Option<u64>,
+}
+
+pub struct Ring {
+    pub engine: Engine,
+    pub model: FakeModel,
+    pub answers: BTreeMap<RequestId, Vec<i32>>,
+    pub ended: BTreeMap<RequestId, End>,
+    /// Requests in the order they got a slot.
+    pub started: Vec<RequestId>,
+    /// Every micro-batch of this epoch, as planned.
+    pub planned: Vec<PlannedBatch>,
+    stages: Vec<FakeStage>,
+    /// `links[i]` leads to stage `i`; the last one back to the driver.
+    links: Vec<VecDeque<(MicroBatch, Option<Vec<f32>>)>>,
+    epoch: Epoch,
+    watched: BTreeMap<RequestId, Watch>,
+    by_slot: BTreeMap<u32, RequestId>,
+    decodes_in_a_row: u16,
+    plans: u64,
+}
+
+impl Ring {
+    pub fn new(config: EngineConfig, model: FakeModel) -> Self {
+        let model = FakeModel { slots: config.slots, ..model };
+        let stages = FakeStage::pipeline(model, config.stages);
+        assert_eq!(stages.len(), usize::from(config.stages));
+        Self {
+            links: (0..=stages.len()).map(|_| VecDeque::new()).collect(),
+            engine: Engine::new(config).unwrap(),
+            model,
+            answers: BTreeMap::new(),
+            ended: BTreeMap::new(),
+            started: Vec::new(),
+            planned: Vec::new(),
+            stages,
+            epoch: Epoch(0),
+            watched: BTreeMap::new(),
+            by_slot: BTreeMap::new(),
+            decodes_in_a_row: 0,
+            plans: 0,
+        }
+    }
+
+    pub fn submit(&mut self, id: u64, prompt: Vec<i32>, max_tokens: Option<u32>) {
+        let rows = prompt.len();
+        self.engine.handle_submit(RequestId(id), prompt, max_tokens).unwrap();
+        self.answers.insert(RequestId(id), Vec::new());
+        self.watched.insert(RequestId(id), Watch { prompt_rows_left: rows, ready_at: None });
+    }
+
+    /// Gives a live request up.
+    pub fn cancel(&mut self, id: RequestId) {
+        let live = self.answers.contains_key(&id) && !self.ended.contains_key(&id);
+        assert_eq!(self.engine.handle_cancel(id), live, "request {id}");
+        if live {
+            self.end(id, End::Cancelled);
+        }
+    }
+
+    /// A stage dies, and the pipeline is wired again.
+    pub fn lose(&mut self) {
+        for id in self.engine.handle_lost() {
+            self.end(id, End::Lost);
+        }
+        self.epoch = self.epoch.next();
+        self.stages.iter_mut().for_each(|s| s.reset(self.epoch).unwrap());
+        self.links.iter_mut().for_each(VecDeque::clear);
+        self.by_slot.clear();
+        self.planned.clear();
+        self.decodes_in_a_row = 0;
+    }
+
+    /// Sends all that the engine gives, and checks it.
+    pub fn poll(&mut self) {
+        loop {
+            let batch = self.engine.poll_micro_batch();
+            while let Some(started) = self.engine.poll_started() {
+                self.started.push(started.id);
+                self.by_slot.insert(started.slot, started.id);
+            }
+            let Some(batch) = batch else { break };
+            self.check_plan(&batch);
+            self.planned.push(batch.clone());
+            let payload = match self.stages.len() {
+                1 => Payload::Tokens(batch.tokens.clone()),
+                _ => Payload::Hidden(batch.tokens.iter().flat_map(|&t| self.model.embedding(t)).collect()),
+            };
+            self.links[0].push_back((batch.into_micro_batch(self.epoch, payload), None));
+        }
+        self.engine.check_invariants().unwrap();
+    }
+
+    /// The stages, and the driver as the last one, that have something to do.
+    pub fn busy(&self) -> Vec<usize> {
+        (0..self.links.len()).filter(|&i| !self.links[i].is_empty()).collect()
+    }
+
+    /// Lets stage `i`, or the driver, take one micro-batch.
+    pub fn act(&mut self, i: usize) {
+        let Some((mut batch, logits)) = self.links[i].pop_front() else { return };
+        if i < self.stages.len() {
+            let logits = match self.stages[i].forward(&batch).unwrap() {
+                StageOutput::Hidden(hidden) => {
+                    batch.payload = Payload::Hidden(hidden);
+                    None
+                }
+                StageOutput::Logits(logits) => Some(logits),
+            };
+            self.links[i + 1].push_back((batch, logits));
+            return;
+        }
+        let n_vocab = self.model.n_vocab;
+        let logits = logits.unwrap();
+        let Completed { outputs, output_rows } = self.engine.handle_completed(batch.step).unwrap();
+        assert_eq!(logits.len(), output_rows * n_vocab);
+        for (id, index) in outputs {
+            assert!(!self.ended.contains_key(&id), "request {id} ended, but an output of it came");
+            let token = greedy(&logits[index * n_vocab..(index + 1) * n_vocab]);
+            if token == END {
+                assert!(self.engine.handle_finish(id));
+                self.end(id, End::Model);
+                continue;
+            }
+            self.answers.get_mut(&id).unwrap().push(token);
+            match self.engine.handle_token(id, token) {
+                TokenOutcome::Continue => self.watched.get_mut(&id).unwrap().ready_at = Some(self.plans),
+                TokenOutcome::Finished(by) => self.end(id, End::Length(by)),
+                TokenOutcome::Ignored => panic!("the token of request {id} was ignored"),
+            }
+        }
+        self.engine.check_invariants().unwrap();
+    }
+
+    /// Lets everybody act in a random order until nothing is left to do.
+    pub fn drain(&mut self, dice: &mut Dice) {
+        loop {
+            self.poll();
+            let busy = self.busy();
+            if busy.is_empty() {
+                break;
+            }
+            self.act(busy[dice.below(busy.len())]);
+        }
+    }
+
+    fn end(&mut self, id: RequestId, end: End) {
+        self.watched.remove(&id);
+        assert_eq!(self.ended.insert(id, end), None, "request {id} ended twice");
+    }
+
+    /// Shape, share and fairness of a planned micro-batch.
+    fn check_plan(&mut self, batch: &PlannedBatch) {
+        let config = self.engine.config().clone();
+        assert_eq!(batch.step, self.planned.len() as u64, "steps have no gaps");
+        assert_eq!(batch.rows.len(), batch.tokens.len());
+        assert!((1..=config.chunk as usize).contains(&batch.rows.len()));
+        let one_slot = batch.rows.iter().all(|r| r.slot == batch.rows[0].slot);
+        let owner = |slot: u32| self.by_slot[&slot];
+        let live = |slot: u32| self.watched.get(&owner(slot));
+        let prefill = one_slot && live(batch.rows[0].slot).is_some_and(|w| w.prompt_rows_left > 0);
+        let prompts_wait = self.by_slot.values().any(|id| self.watched.get(id).is_some_and(|w| w.prompt_rows_left > 0));
+        if prefill {
+            self.decodes_in_a_row = 0;
+            let left = &mut self.watched.get_mut(&self.by_slot[&batch.rows[0].slot]).unwrap().prompt_rows_left;
+            *left -= batch.rows.len();
+            let (last, others) = batch.rows.split_last().unwrap();
+            assert!(others.iter().all(|r| !r.output));
+            assert_eq!(last.output, *left == 0, "only the prompt's last row has an output");
+        } else {
+            assert!(batch.rows.len() <= config.decode_batch as usize);
+            assert!(batch.rows.windows(2).all(|w| w[0].slot < w[1].slot), "one row a slot, slots ascend");
+            assert!(batch.rows.iter().all(|r| r.output));
+            self.decodes_in_a_row = if prompts_wait { self.decodes_in_a_row + 1 } else { 0 };
+            assert!(self.decodes_in_a_row <= config.decodes_per_prefill, "a prompt starves");
+            // Before its turn come at most all others, each alone, and the chunks between them.
+            let bound = u64::from(config.slots) + u64::from(config.slots / u32::from(config.decodes_per_prefill)) + 2;
+            for row in &batch.rows {
+                let ready_at = self.watched.get_mut(&self.by_slot[&row.slot]).unwrap().ready_at.take().unwrap();
+                assert!(self.plans - ready_at <= bound, "slot {} waited for {}", row.slot, self.plans - ready_at);
+            }
+        }
+        self.plans += 1;
+    }
+}

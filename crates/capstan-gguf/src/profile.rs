@@ -1,0 +1,152 @@
+//! What the planner needs to know of a model, from headers alone: bytes, and bytes per token, layer by layer.
+use serde::{Deserialize, Serialize};
+
+use crate::arch::windows::Facts;
+use crate::arch::{Mixer, State};
+use crate::model::Model;
+
+/// Bytes of an element of the KV cache at f16.
+const F16_BYTES: u64 = 2;
+/// Bytes of an element of recurrent state, which llama.cpp keeps in f32.
+const F32_BYTES: u64 = 4;
+
+/// A model in numbers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModelProfile {
+    /// llama.cpp's name of the architecture.
+    pub architecture: String,
+    /// Name for people; empty when the file has none.
+    pub name: String,
+    /// Layers of the trunk.
+    pub n_layers: u32,
+    /// Width of the hidden state in floats.
+    pub n_embd: u32,
+    /// Rows of the embedding table.
+    pub n_vocab: u32,
+    /// Tokens of context that the model was trained with; 0 when the file does not say.
+    pub context_train: u32,
+    /// The trunk's layers in order.
+    pub layers: Vec<LayerProfile>,
+    /// Bytes of the embedding table; one row of it is read per token.
+    pub embedding_bytes: u64,
+    /// Bytes of the head that is read for each row of logits: the output matrix, or the embedding table when tied, and
+    /// the norm before it.
+    pub output_bytes: u64,
+    /// Bytes of all tensors, extra prediction layers included.
+    pub total_bytes: u64,
+    /// The head is the embedding table.
+    pub tied: bool,
+}
+
+/// A layer in numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LayerProfile {
+    /// Bytes of its tensors.
+    pub weight_bytes: u64,
+    /// Of which so many are read for one token: of experts only the share that a token uses.
+    pub active_bytes: u64,
+    /// Bytes of KV cache per token at f16; 0 for a recurrent layer.
+    pub kv_bytes_per_token: u64,
+    /// Bytes of state per slot of a recurrent layer; 0 for others.
+    pub recurrent_state_bytes: u64,
+}
+
+pub(crate) fn profile(model: &Model) -> ModelProfile {
+    let f = Facts { meta: model.metadata(), arch: model.architecture() };
+    let mut layers: Vec<LayerProfile> = (0..model.n_layers())
+        .map(|i| LayerProfile {
+            weight_bytes: 0,
+            active_bytes: 0,
+            kv_bytes_per_token: kv_bytes(model, &f, i),
+            recurrent_state_bytes: state_bytes(model, &f, i),
+        })
+        .collect();
+    let mut total_bytes = 0u64;
+    for t in model.tensors() {
+        total_bytes = total_bytes.saturating_add(t.bytes);
+        let Some((i, name)) = t.layer() else { continue };
+        let Some(layer) = layers.get_mut(i as usize) else { continue };
+        layer.weight_bytes = layer.weight_bytes.saturating_add(t.bytes);
+        let active = if name.contains("exps") { used_experts(&f, i, t.bytes) } else { t.bytes };
+        layer.active_bytes = layer.active_bytes.saturating_add(active);
+    }
+    let bytes = |name: &str| model.tensor(name).map_or(0, |t| t.bytes);
+    let tied = model.tensor("output.weight").is_none();
+    let head = if tied { bytes("token_embd.weight") } else { bytes("output.weight") };
+    ModelProfile {
+        architecture: model.architecture().to_owned(),
+        name: model.name().unwrap_or_default().to_owned(),
+        n_layers: model.n_layers(),
+        n_embd: model.n_embd(),
+        n_vocab: model.n_vocab(),
+        context_train: f.u32("context_length").unwrap_or(0),
+        layers,
+        embedding_bytes: bytes("token_embd.weight"),
+        output_bytes: head + bytes("output_norm.weight"),
+        total_bytes,
+        tied,
+    }
+}
+
+fn used_experts(f: &Facts<'_>, layer: u32, bytes: u64) -> u64 {
+    let count = |bare, i| f.per_layer(bare, i).and_then(|n| u64::try_from(n).ok()).filter(|n| *n > 0);
+    match (count("expert_used_count", layer), count("expert_count", layer)) {
+        (Some(used), Some(all)) if used < all => (u128::from(bytes) * u128::from(used) / u128::from(all)) as u64,
+        _ => bytes,
+    }
+}
+
+/// A number of the metadata, or 0; bounded so that products of three stay far from overflow.
+fn number(f: &Facts<'_>, bare: &str, layer: u32) -> Option<u64> {
+    f.per_layer(bare, layer).and_then(|n| u64::try_from(n).ok()).map(|n| n.min(1 << 20))
+}
+
+fn is(kinds: Option<&[bool]>, layer: u32) -> bool {
+    kinds.and_then(|k| k.get(layer as usize)).copied().unwrap_or(false)
+}
+
+fn kv_bytes(model: &Model, f: &Facts<'_>, layer: u32) -> u64 {
+    let windows = model.windows();
+    let both = windows.rules().is_some_and(|r| r.mixer == Mixer::Both);
+    if is(windows.recurrent(), layer) && !both {
+        return 0;
+    }
+    let heads = number(f, "attention.head_count", layer).unwrap_or(0);
+    let kv_heads = number(f, "attention.head_count_kv", layer).unwrap_or(heads);
+    let default = u64::from(model.n_embd()).checked_div(heads).unwrap_or(0);
+    let length = |bare: &str| {
+        let swa = is(windows.sliding(), layer).then(|| number(f, &format!("{bare}_swa"), layer)).flatten();
+        swa.or_else(|| number(f, bare, layer)).unwrap_or(default)
+    };
+    // Latent attention caches the latent vector with its rope part as keys, and no values.
+    let latent = f.has("attention.key_length_mla") && f.has("attention.value_length_mla");
+    let values = if latent { 0 } else { length("attention.value_length") };
+    let own = windows.own_indexer().is_none_or(|o| o.get(layer as usize).copied().unwrap_or(true));
+    let indexer = if own { number(f, "attention.indexer.key_length", layer).unwrap_or(0) } else { 0 };
+    (kv_heads * (length("attention.key_length") + values) + indexer) * F16_BYTES
+}
+
+/// What llama.cpp allocates for a recurrent layer and slot: the tail of a convolution, and the state itself.
+fn state_bytes(model: &Model, f: &Facts<'_>, layer: u32) -> u64 {
+    let windows = model.windows();
+    if !is(windows.recurrent(), layer) {
+        return 0;
+    }
+    let n = |bare: &str| number(f, bare, layer).unwrap_or(0);
+    let width = u64::from(model.n_embd());
+    let tail = |kernel: u64| kernel.saturating_sub(1);
+    let elements = match windows.rules().map_or(State::Ssm, |r| r.state) {
+        State::ShortConv => width * tail(n("shortconv.l_cache")),
+        State::Kda => {
+            let (size, kernel) = (n("kda.head_dim"), n("ssm.conv_kernel"));
+            let heads = n("attention.head_count");
+            3 * tail(if kernel > 0 { kernel } else { 4 }) * heads * size + size.saturating_mul(size * heads)
+        }
+        State::Wkv => width * (n("token_shift_count") + n("wkv.head_size")),
+        State::Ssm => {
+            let (inner, state) = (n("ssm.inner_size"), n("ssm.state_size"));
+            tail(n("ssm.conv_kernel")) * (inner + 2 * n("ssm.group_count") * state) + state * inner
+        }
+    };
+    elements.saturating_mul(F32_BYTES)
+}

@@ -1,0 +1,237 @@
+//! Answers other nodes: members on the control protocol, strangers with a ticket on the join protocol.
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use capstan_cluster::MemberState;
+use capstan_proto::control::{
+    self, CLOSE_NOT_A_MEMBER, CLOSE_PROTOCOL, Done, Hello, Join, JoinReply, Request, StageOrder, UnloadReply, clip,
+};
+use capstan_proto::{NodeId, limits};
+use iroh::endpoint::{Connection, RecvStream, SendStream, VarInt};
+use iroh::protocol::{AcceptError, ProtocolHandler};
+use tokio::sync::Semaphore;
+use tokio::time::timeout;
+
+use crate::endpoint::node_id;
+use crate::frames::{self, FrameError};
+use crate::node::Shared;
+use crate::{generate, session};
+
+/// How long a peer may take for its hello, and a stranger for its request to join.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
+/// Strangers served at once: joining takes milliseconds, and guessing a 128-bit secret must not take the machine.
+const STRANGERS_MAX: usize = 8;
+/// Close code of a connection that has done its work.
+const CLOSE_DONE: u32 = 0;
+
+/// The control protocol.
+pub(crate) struct ControlProtocol(pub(crate) Weak<Shared>);
+
+/// The join protocol.
+pub(crate) struct JoinProtocol {
+    shared: Weak<Shared>,
+    turns: Semaphore,
+}
+
+impl JoinProtocol {
+    pub(crate) fn new(shared: Weak<Shared>) -> Self {
+        Self { shared, turns: Semaphore::new(STRANGERS_MAX) }
+    }
+}
+
+impl std::fmt::Debug for ControlProtocol {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("ControlProtocol")
+    }
+}
+
+impl std::fmt::Debug for JoinProtocol {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("JoinProtocol")
+    }
+}
+
+fn close(connection: &Connection, code: u32, reason: &str) {
+    connection.close(VarInt::from_u32(code), reason.as_bytes());
+}
+
+/// Answers the other side's hello; a connection without a common version is closed with a sentence.
+async fn hello(connection: &Connection, build: &str) -> Result<(), String> {
+    let exchange = async {
+        let (mut send, mut recv) = connection.accept_bi().await.map_err(|e| e.to_string())?;
+        let theirs: Hello = frames::expect(&mut recv, control::HELLO_BYTES_MAX).await.map_err(|e| e.to_string())?;
+        let ours = Hello::ours(build);
+        frames::write(&mut send, &ours, control::HELLO_BYTES_MAX).await.map_err(|e| e.to_string())?;
+        send.finish().ok();
+        ours.agree(&theirs).map_err(|e| e.to_string())?;
+        Ok(())
+    };
+    let result: Result<(), String> = timeout(HELLO_TIMEOUT, exchange).await.unwrap_or_else(|_| Err("no hello came in time".into()));
+    if let Err(reason) = &result {
+        close(connection, CLOSE_PROTOCOL, reason);
+    }
+    result
+}
+
+impl ProtocolHandler for ControlProtocol {
+    async fn accept(&self, connection: Connection) -> Result<(), AcceptError> {
+        let Some(shared) = self.0.upgrade() else { return Ok(()) };
+        let from = node_id(connection.remote_id());
+        if !shared.membership.is_member(from) {
+            tracing::info!(node = %from.short(), "a node that is no member was refused");
+            close(
+                &connection,
+                CLOSE_NOT_A_MEMBER,
+                "it does not have this node in its member list; join its cluster with a ticket from it",
+            );
+            return Ok(());
+        }
+        let id = shared.connections.add(from, &connection);
+        if let Err(reason) = hello(&connection, shared.build).await {
+            tracing::debug!(node = %from.short(), reason, "a connection ended at its hello");
+        } else {
+            while let Ok((send, recv)) = connection.accept_bi().await {
+                // Membership may have ended since the last stream.
+                if !shared.membership.is_member(from) {
+                    close(&connection, CLOSE_NOT_A_MEMBER, "this node has left the cluster");
+                    break;
+                }
+                let shared = shared.clone();
+                tokio::spawn(async move {
+                    if let Err(error) = serve(shared, from, send, recv).await {
+                        tracing::debug!(node = %from.short(), %error, "a request ended early");
+                    }
+                });
+            }
+        }
+        shared.connections.remove(from, id);
+        Ok(())
+    }
+}
+
+/// Serves one request of a member.
+async fn serve(
+    shared: Arc<Shared>,
+    from: NodeId,
+    mut send: SendStream,
+    mut recv: RecvStream,
+) -> Result<(), FrameError> {
+    let request: Request = match timeout(HELLO_TIMEOUT, frames::expect(&mut recv, limits::MESSAGE_BYTES_MAX)).await {
+        Ok(request) => request?,
+        Err(_) => return Err(FrameError::Stream("no request came in time".into())),
+    };
+    let refused = |why: &str| Err(FrameError::Stream(format!("refused: {why}")));
+    match request {
+        Request::Poll(gossip) => {
+            if let Err(error) = gossip.check() {
+                return refused(&error.to_string());
+            }
+            shared.hear_gossip(from, *gossip);
+            reply(&mut send, &shared.gossip()).await
+        }
+        Request::Stage(order) => match check_order(&order) {
+            Ok(()) => {
+                session::serve(shared, from, *order, send, recv).await;
+                Ok(())
+            }
+            Err(why) => refused(why),
+        },
+        Request::Generate { deployment, body } => generate::serve(shared, deployment, body, send, recv).await,
+        Request::Update(list) => {
+            if list.coordinator != from || list.check().is_err() {
+                return refused("a list of deployments that is not the sender's own");
+            }
+            shared.membership.heard(from);
+            shared.view.put_list(*list);
+            reply(&mut send, &Done).await
+        }
+        Request::Leave(entry) => {
+            if entry.id != from || entry.state != MemberState::Left || entry.check().is_err() {
+                return refused("a node can only leave by itself");
+            }
+            tracing::info!(node = entry.name, "a node has left the cluster");
+            reply(&mut send, &Done).await?;
+            // The answer has to arrive before the connection is closed.
+            timeout(Duration::from_secs(1), send.stopped()).await.ok();
+            shared.merge_members(vec![*entry]);
+            Ok(())
+        }
+        Request::Unload { deployment } => {
+            let result = shared.deployments.unload(deployment).await;
+            reply(&mut send, &UnloadReply(result.err().map(|e| clip(e.message)))).await
+        }
+    }
+}
+
+async fn reply<T: serde::Serialize>(send: &mut SendStream, message: &T) -> Result<(), FrameError> {
+    frames::write(send, message, limits::MESSAGE_BYTES_MAX).await?;
+    send.finish().ok();
+    Ok(())
+}
+
+/// Bounds of an order from another node: each becomes an allocation of the child.
+fn check_order(order: &StageOrder) -> Result<(), &'static str> {
+    let s = &order.spec;
+    if s.stages == 0 || s.stage >= s.stages || u32::from(s.stages) > limits::LAYERS_MAX {
+        return Err("a stage's index");
+    }
+    if s.layers.end() > limits::LAYERS_MAX {
+        return Err("a stage's layers");
+    }
+    if s.slots == 0 || s.slots > limits::SLOTS_MAX || s.decode_batch == 0 || s.decode_batch > s.slots {
+        return Err("a stage's slots");
+    }
+    if s.ubatch == 0 || s.ubatch as usize > limits::ROWS_MAX || s.ctx == 0 {
+        return Err("a stage's micro-batch or context");
+    }
+    if s.model_name.len() > limits::NAME_BYTES_MAX || s.io.hidden_width as usize > limits::HIDDEN_WIDTH_MAX {
+        return Err("a stage's name or width");
+    }
+    Ok(())
+}
+
+impl ProtocolHandler for JoinProtocol {
+    async fn accept(&self, connection: Connection) -> Result<(), AcceptError> {
+        let Some(shared) = self.shared.upgrade() else { return Ok(()) };
+        let Ok(_turn) = self.turns.try_acquire() else {
+            close(&connection, CLOSE_PROTOCOL, "too many nodes join at once; try again in a moment");
+            return Ok(());
+        };
+        if hello(&connection, shared.build).await.is_err() {
+            return Ok(());
+        }
+        let from = node_id(connection.remote_id());
+        match timeout(HELLO_TIMEOUT, welcome(&shared, from, &connection)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::debug!(%error, "a request to join ended early"),
+            Err(_) => close(&connection, CLOSE_PROTOCOL, "no request to join came in time"),
+        }
+        // The other side closes when it has the answer; one that does not is closed.
+        timeout(Duration::from_secs(2), connection.closed()).await.ok();
+        close(&connection, CLOSE_DONE, "done");
+        Ok(())
+    }
+}
+
+async fn welcome(shared: &Arc<Shared>, from: NodeId, connection: &Connection) -> Result<(), FrameError> {
+    let (mut send, mut recv) = connection.accept_bi().await.map_err(|e| FrameError::Stream(e.to_string()))?;
+    let join: Join = frames::expect(&mut recv, control::JOIN_REQUEST_BYTES_MAX).await?;
+    let answer = match join.check() {
+        Err(error) => JoinReply::Refused { status: 400, message: error.to_string() },
+        Ok(()) => match shared.membership.admit(from, join) {
+            Ok((entry, members)) => {
+                tracing::info!(node = entry.name, key = %from.short(), "a node has joined");
+                shared.members_changed();
+                let cluster = shared.membership.cluster();
+                JoinReply::Welcome { cluster, members }
+            }
+            Err(error) => {
+                tracing::info!(key = %from.short(), %error, "a node was not let in");
+                JoinReply::Refused { status: error.status(), message: error.to_string() }
+            }
+        },
+    };
+    frames::write(&mut send, &answer, control::JOIN_BYTES_MAX).await?;
+    send.finish().ok();
+    Ok(())
+}

@@ -1,0 +1,666 @@
+//! Looks after one deployment: brings its stages up, wires them, and mends it when one is lost.
+//!
+//! One task a deployment, so there is nothing to lock: stages report by message, and after each message the task does
+//! what the whole now needs.
+//!
+//! ```text
+//! stages down ──sessions──▶ all loaded ──Connect, epoch + 1──▶ all connected = Ready
+//!      ▲                        ▲                                   │
+//!      │ one ended, away        │ a link broke, all live            │
+//!      └────────────────────────┴───────────────────────────────────┘ Recovering
+//! ```
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use capstan_planner::StagePlan;
+use capstan_proto::child::{ChildStats, PeerAddr, StageInfo, StageSpec, WindowIo, Wiring};
+use capstan_proto::control::{ShardRef, StageCommand, StageEvent, StageOrder, clip};
+use capstan_proto::manage::{DeploymentStatus, Health, LoadEvent, StageStatus};
+use capstan_proto::{DeploymentId, Epoch, NodeId};
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{Instant, sleep_until, timeout};
+
+use crate::cutter::OpenModel;
+use crate::node::Shared;
+use crate::session::{self, SessionEvent};
+
+/// Messages that wait for a coordinator's task.
+const QUEUE: usize = 1024;
+/// Ends of one stage within [`CRASH_WINDOW`] after which it is not started again: it would only end again.
+const CRASHES_MAX: usize = 5;
+/// Broken links within [`CRASH_WINDOW`] after which a deployment counts as failed.
+const REWIRES_MAX: usize = 20;
+/// See [`CRASHES_MAX`].
+const CRASH_WINDOW: Duration = Duration::from_secs(60);
+/// How long a broken link waits for the news that a process has ended, which then is the reason.
+const SETTLE: Duration = Duration::from_millis(300);
+/// How long until a node that is away is tried again.
+const AWAY_RETRY: Duration = Duration::from_secs(1);
+/// How long all links may take to stand before they are made anew.
+const WIRE_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long stages may take to end.
+const END_TIMEOUT: Duration = Duration::from_secs(8);
+
+/// What a deployment is made of.
+#[derive(Clone)]
+pub(crate) struct Blueprint {
+    pub(crate) id: DeploymentId,
+    pub(crate) name: String,
+    pub(crate) model: OpenModel,
+    pub(crate) stages: Vec<StagePlan>,
+    pub(crate) ctx: u32,
+    pub(crate) slots: u32,
+    pub(crate) ubatch: u32,
+    pub(crate) decode_batch: u32,
+    pub(crate) created_unix_s: u64,
+    /// Why it runs whole; empty when there is nothing to say.
+    pub(crate) remark: String,
+}
+
+/// What a coordinator is told.
+pub(crate) enum Message {
+    /// A stage reports. The number tells its sessions apart.
+    Session(usize, u64, SessionEvent),
+    /// A session's events have ended.
+    Closed(usize, u64),
+    /// A shard has been cut and, for a stage elsewhere, offered.
+    Cut(usize, Result<Cut, String>),
+    /// Bytes of a shard that is being cut.
+    Cutting(usize, u64, u64),
+    /// A node is no member any more.
+    MemberLeft(NodeId),
+    /// End the deployment; answer when it is gone.
+    Unload(oneshot::Sender<()>),
+}
+
+/// A shard that has been cut.
+pub(crate) struct Cut {
+    path: std::path::PathBuf,
+    /// What it is offered as; none for a stage of this node.
+    shard: Option<ShardRef>,
+}
+
+struct Stage {
+    plan: StagePlan,
+    io: WindowIo,
+    shard_bytes: u64,
+    generation: u64,
+    commands: Option<mpsc::Sender<StageCommand>>,
+    loaded: Option<(PeerAddr, StageInfo)>,
+    connected: bool,
+    stats: ChildStats,
+    cutting: bool,
+    cut: Option<Cut>,
+    crashes: VecDeque<Instant>,
+    retry_at: Option<Instant>,
+}
+
+/// The task of a deployment.
+pub(crate) struct Coordinator {
+    shared: Arc<Shared>,
+    blueprint: Blueprint,
+    stages: Vec<Stage>,
+    epoch: Epoch,
+    health: Health,
+    detail: String,
+    inbox: mpsc::Receiver<Message>,
+    outbox: mpsc::Sender<Message>,
+    /// Who watches the load; none once it is over.
+    progress: Option<mpsc::Sender<LoadEvent>>,
+    /// Nothing has answered yet: any trouble ends the load.
+    initial: bool,
+    /// When the links are to be made anew: soon after one broke, or when they do not stand in time.
+    rewire_at: Option<Instant>,
+    /// A link of this epoch broke; what else breaks follows from it.
+    mending: bool,
+    rewires: VecDeque<Instant>,
+}
+
+/// How to reach a coordinator's task.
+pub(crate) type Outbox = mpsc::Sender<Message>;
+
+impl Coordinator {
+    /// A coordinator for a new load (with `progress`), or one that brings a deployment back after a restart (without).
+    pub(crate) fn new(
+        shared: Arc<Shared>,
+        blueprint: Blueprint,
+        progress: Option<mpsc::Sender<LoadEvent>>,
+    ) -> (Self, Outbox) {
+        let (outbox, inbox) = mpsc::channel(QUEUE);
+        let model = &blueprint.model.model;
+        let stages = blueprint
+            .stages
+            .iter()
+            .map(|plan| Stage {
+                io: model.window_io(plan.layers),
+                shard_bytes: model.shard_bytes(plan.layers),
+                plan: plan.clone(),
+                generation: 0,
+                commands: None,
+                loaded: None,
+                connected: false,
+                stats: ChildStats::default(),
+                cutting: false,
+                cut: None,
+                crashes: VecDeque::new(),
+                retry_at: None,
+            })
+            .collect();
+        let initial = progress.is_some();
+        let coordinator = Self {
+            shared,
+            stages,
+            epoch: Epoch(0),
+            health: if initial { Health::Loading } else { Health::Recovering },
+            detail: if initial {
+                blueprint.remark.clone()
+            } else {
+                "its node was restarted; it is being loaded again".into()
+            },
+            inbox,
+            outbox: outbox.clone(),
+            progress,
+            initial,
+            rewire_at: None,
+            mending: false,
+            rewires: VecDeque::new(),
+            blueprint,
+        };
+        (coordinator, outbox)
+    }
+
+    /// Runs until the deployment is unloaded, its load fails, or the node stops.
+    pub(crate) async fn run(mut self) {
+        let stop = self.shared.stop.clone();
+        for i in 0..self.stages.len() {
+            self.start(i);
+        }
+        self.publish();
+        loop {
+            let due = self.stages.iter().filter_map(|s| s.retry_at).chain(self.rewire_at).min();
+            let outcome = tokio::select! {
+                // The inbox never closes: the coordinator holds a sender itself.
+                message = self.inbox.recv() => match message {
+                    Some(Message::Unload(done)) => {
+                        self.end_stages().await;
+                        self.remove().await;
+                        done.send(()).ok();
+                        return;
+                    }
+                    Some(message) => self.handle(message),
+                    None => return,
+                },
+                () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => self.tick(),
+                () = stop.cancelled() => return,
+            };
+            if let Err(failure) = outcome {
+                if self.initial {
+                    self.fail_load(failure).await;
+                    return;
+                }
+                self.fail(failure).await;
+            }
+        }
+    }
+
+    fn name_stage(&self, i: usize) -> String {
+        // The node may have been renamed since the placement was made.
+        format!("stage {i} on node {}", self.shared.membership.name_of(self.stages[i].plan.node))
+    }
+
+    /// Acts on a message; an error is why the deployment cannot go on.
+    fn handle(&mut self, message: Message) -> Result<(), String> {
+        if self.health == Health::Failed {
+            // Only an unload ends this state.
+            return Ok(());
+        }
+        let current = |s: &Self, i: usize, generation| s.stages[i].generation == generation;
+        match message {
+            Message::Session(i, generation, event) if current(self, i, generation) => match event {
+                SessionEvent::Stage(event) => self.heard(i, event)?,
+                SessionEvent::Away(reason) => self.away(i, reason)?,
+            },
+            Message::Closed(i, generation) if current(self, i, generation) && self.stages[i].commands.is_some() => {
+                self.ended(i, "ended without a word".into())?;
+            }
+            Message::Session(..) | Message::Closed(..) => {}
+            Message::Cutting(i, done_bytes, total_bytes) => {
+                self.tell(LoadEvent::Cutting { stage: i as u16, done_bytes, total_bytes });
+            }
+            Message::Cut(i, result) => {
+                self.stages[i].cutting = false;
+                let cut = result.map_err(|e| format!("the shard of {} could not be cut: {e}", self.name_stage(i)))?;
+                let shard = cut.shard;
+                self.stages[i].cut = Some(cut);
+                match (shard, &self.stages[i].commands) {
+                    (Some(shard), Some(commands)) => {
+                        commands.try_send(StageCommand::Fetch(shard)).ok();
+                    }
+                    (None, None) if self.stages[i].retry_at.is_none() => self.start(i),
+                    _ => {}
+                }
+            }
+            Message::MemberLeft(node) => {
+                if let Some(i) = self.stages.iter().position(|s| s.plan.node == node) {
+                    let stage = self.name_stage(i);
+                    return Err(format!("{stage} is gone because its node left the cluster; load the model again"));
+                }
+            }
+            Message::Unload(_) => {}
+        }
+        Ok(())
+    }
+
+    /// Opens a session for a stage, or first cuts its shard when it runs here.
+    fn start(&mut self, i: usize) {
+        let here = self.stages[i].plan.node == self.shared.id;
+        self.stages[i].retry_at = None;
+        let order = self.order(i);
+        let session = if here {
+            let model = &self.blueprint.model.model;
+            let file = match (&self.stages[i].cut, self.stages.len()) {
+                (_, 1) => model.files().first().cloned(),
+                (Some(cut), _) => Some(cut.path.clone()),
+                (None, _) => None,
+            };
+            match file {
+                Some(file) => session::open_local(&self.shared, order, file),
+                None => return self.begin_cut(i),
+            }
+        } else {
+            session::open_remote(&self.shared, self.stages[i].plan.node, order)
+        };
+        let stage = &mut self.stages[i];
+        stage.generation += 1;
+        stage.connected = false;
+        stage.commands = Some(session.commands);
+        let (outbox, generation, mut events) = (self.outbox.clone(), stage.generation, session.events);
+        tokio::spawn(async move {
+            while let Some(event) = events.recv().await {
+                if outbox.send(Message::Session(i, generation, event)).await.is_err() {
+                    return;
+                }
+            }
+            outbox.send(Message::Closed(i, generation)).await.ok();
+        });
+    }
+
+    fn order(&self, i: usize) -> StageOrder {
+        let (b, stage) = (&self.blueprint, &self.stages[i]);
+        StageOrder {
+            spec: StageSpec {
+                deployment: b.id,
+                model_name: b.name.clone(),
+                shard: Default::default(),
+                layers: stage.plan.layers,
+                stage: i as u16,
+                stages: self.stages.len() as u16,
+                io: stage.io.clone(),
+                ctx: b.ctx,
+                slots: b.slots,
+                ubatch: b.ubatch,
+                decode_batch: b.decode_batch,
+                threads: None,
+                gpu_layers: -1,
+                bind: std::net::Ipv4Addr::UNSPECIFIED.into(),
+            },
+            shard: self.shared.cutter.known(&b.model, stage.plan.layers),
+            memory_bytes: stage.plan.memory_bytes,
+        }
+    }
+
+    /// Cuts a stage's shard in the background and offers it when its node is another.
+    fn begin_cut(&mut self, i: usize) {
+        let stage = &mut self.stages[i];
+        if stage.cutting {
+            return;
+        }
+        stage.cutting = true;
+        let here = stage.plan.node == self.shared.id;
+        let range = stage.plan.layers;
+        let (shared, blueprint, outbox) = (self.shared.clone(), self.blueprint.clone(), self.outbox.clone());
+        tokio::spawn(async move {
+            let progress = {
+                let outbox = outbox.clone();
+                // Progress may be dropped: the next one says more.
+                move |done, total| drop(outbox.try_send(Message::Cutting(i, done, total)))
+            };
+            let cut = async {
+                let path = shared.cutter.cut(blueprint.id, &blueprint.model, range, progress).await?;
+                if here {
+                    return Ok(Cut { path, shard: None });
+                }
+                let offer = shared.store.offer(&path, |_, _| {}).await.map_err(|e| e.to_string())?;
+                let shard = ShardRef { hash: offer.hash, bytes: offer.bytes };
+                shared.cutter.remember(&blueprint.model, range, shard);
+                Ok(Cut { path, shard: Some(shard) })
+            };
+            let result = cut.await;
+            outbox.send(Message::Cut(i, result)).await.ok();
+        });
+    }
+
+    /// A stage elsewhere has its shard: what was cut for it can go.
+    fn drop_cut(&mut self, i: usize) {
+        if let Some(Cut { path, shard: Some(shard) }) = self.stages[i].cut.take() {
+            let shared = self.shared.clone();
+            tokio::spawn(async move {
+                if let Err(error) = shared.store.withdraw(&shard.hash).await {
+                    tracing::warn!(%error, "a shard could not be withdrawn");
+                }
+                if shared.cutter.is_cut(&path)
+                    && let Err(error) = tokio::fs::remove_file(&path).await
+                {
+                    tracing::warn!(%error, ?path, "a shard that is not needed any more could not be removed");
+                }
+            });
+        }
+    }
+
+    fn heard(&mut self, i: usize, event: StageEvent) -> Result<(), String> {
+        let stage = i as u16;
+        match event {
+            StageEvent::NeedShard => match self.stages[i].cut.as_ref().and_then(|c| c.shard) {
+                Some(shard) => {
+                    if let Some(commands) = &self.stages[i].commands {
+                        commands.try_send(StageCommand::Fetch(shard)).ok();
+                    }
+                }
+                None => self.begin_cut(i),
+            },
+            StageEvent::Fetching { done_bytes, total_bytes } => {
+                self.tell(LoadEvent::Transfer { stage, done_bytes, total_bytes });
+            }
+            StageEvent::Fetched => self.drop_cut(i),
+            StageEvent::Loading { permille } => self.tell(LoadEvent::Loading { stage, permille: permille.min(1000) }),
+            StageEvent::Loaded { addr, info } => {
+                self.stages[i].loaded = Some((addr, info));
+                self.tell(LoadEvent::Loaded { stage });
+                self.publish();
+                if self.stages.iter().all(|s| s.loaded.is_some()) {
+                    self.wire();
+                }
+            }
+            StageEvent::Connected { epoch } if epoch == self.epoch => {
+                self.stages[i].connected = true;
+                if self.stages.iter().all(|s| s.connected) {
+                    self.ready();
+                }
+            }
+            StageEvent::Lost { epoch, reason } if epoch == self.epoch => {
+                tracing::warn!(model = self.blueprint.name, stage = i, reason, "a link broke");
+                // While a stage is down, broken links only follow from that.
+                if self.stages.iter().all(|s| s.loaded.is_some()) && !self.mending {
+                    self.mending = true;
+                    self.trouble(format!("{} lost a link: {reason}", self.name_stage(i)));
+                    self.rewire_at = Some(Instant::now() + SETTLE);
+                }
+            }
+            StageEvent::Connected { .. } | StageEvent::Lost { .. } => {}
+            StageEvent::Stats(stats) => {
+                self.stages[i].stats = stats;
+                self.note();
+            }
+            StageEvent::Ended { reason } => self.ended(i, reason)?,
+        }
+        Ok(())
+    }
+
+    fn down(&mut self, i: usize) {
+        let stage = &mut self.stages[i];
+        stage.commands = None;
+        stage.loaded = None;
+        stage.connected = false;
+        stage.stats = ChildStats::default();
+        // What waits for this stage is wired when it is back.
+        self.rewire_at = None;
+    }
+
+    fn ended(&mut self, i: usize, reason: String) -> Result<(), String> {
+        self.down(i);
+        let what = format!("{} {reason}", self.name_stage(i));
+        if self.initial {
+            return Err(what);
+        }
+        let now = Instant::now();
+        let crashes = &mut self.stages[i].crashes;
+        crashes.push_back(now);
+        while crashes.front().is_some_and(|&t| now.duration_since(t) > CRASH_WINDOW) {
+            crashes.pop_front();
+        }
+        let times = crashes.len();
+        if times >= CRASHES_MAX {
+            return Err(format!(
+                "{what}, for the {times}th time within a minute; unload the model and see the node's log"
+            ));
+        }
+        // At once the first time, then ever more patiently.
+        self.stages[i].retry_at = Some(now + Duration::from_millis([50, 500, 1000, 2000][(times - 1).min(3)]));
+        self.abort_requests(&format!("{what}; it is being started again, try again in a moment"));
+        self.trouble(what);
+        Ok(())
+    }
+
+    fn away(&mut self, i: usize, reason: String) -> Result<(), String> {
+        self.down(i);
+        let node = self.stages[i].plan.node;
+        let name = self.shared.membership.name_of(node);
+        if self.initial {
+            return Err(format!("stage {i} could not be brought up on node {name}: {reason}"));
+        }
+        if !self.shared.membership.is_member(node) {
+            return Err(format!("stage {i} is gone because node {name} left the cluster; load the model again"));
+        }
+        self.stages[i].retry_at = Some(Instant::now() + AWAY_RETRY);
+        self.abort_requests(&format!("node {name}, which runs stage {i}, does not answer; try again in a moment"));
+        self.trouble(format!("waiting for node {name}, which runs stage {i}: {reason}"));
+        Ok(())
+    }
+
+    fn trouble(&mut self, detail: String) {
+        if self.detail != detail || self.health != Health::Recovering {
+            tracing::warn!(model = self.blueprint.name, detail, "a deployment needs mending");
+        }
+        if !self.initial {
+            self.health = Health::Recovering;
+        }
+        self.detail = clip(detail);
+        self.publish();
+    }
+
+    /// Lets the driver tell its clients why their answers end.
+    fn abort_requests(&self, reason: &str) {
+        if let Some(commands) = self.stages.last().and_then(|s| s.commands.as_ref()) {
+            commands.try_send(StageCommand::Abort { reason: clip(reason.to_owned()) }).ok();
+        }
+    }
+
+    fn tick(&mut self) -> Result<(), String> {
+        let now = Instant::now();
+        for i in 0..self.stages.len() {
+            if self.stages[i].retry_at.is_some_and(|t| t <= now) {
+                self.start(i);
+            }
+        }
+        if self.rewire_at.is_some_and(|t| t <= now) {
+            self.rewire_at = None;
+            self.abort_requests(
+                "the pipeline broke while the answer was being made; it is being mended, try again in a moment",
+            );
+            self.rewires.push_back(now);
+            while self.rewires.front().is_some_and(|&t| now.duration_since(t) > CRASH_WINDOW) {
+                self.rewires.pop_front();
+            }
+            if self.rewires.len() > REWIRES_MAX || (self.initial && self.rewires.len() > 2) {
+                return Err(format!(
+                    "its stages cannot reach each other ({}); does a firewall block UDP between the nodes?",
+                    self.detail
+                ));
+            }
+            if self.stages.iter().all(|s| s.loaded.is_some()) {
+                self.wire();
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives every stage its place in the ring, under a new epoch.
+    fn wire(&mut self) {
+        self.epoch = self.epoch.next();
+        self.mending = false;
+        let n = self.stages.len();
+        let addr = |i: usize| (n > 1).then(|| self.stages[i % n].loaded.as_ref().map(|(a, _)| a.clone())).flatten();
+        let wirings: Vec<_> =
+            (0..n).map(|i| Wiring { epoch: self.epoch, prev: addr(i + n - 1), next: addr(i + 1) }).collect();
+        for (stage, wiring) in self.stages.iter_mut().zip(wirings) {
+            stage.connected = false;
+            if let Some(commands) = &stage.commands {
+                commands.try_send(StageCommand::Connect(wiring)).ok();
+            }
+        }
+        self.rewire_at = Some(Instant::now() + WIRE_TIMEOUT);
+        self.publish();
+    }
+
+    fn ready(&mut self) {
+        self.rewire_at = None;
+        let was = std::mem::replace(&mut self.health, Health::Ready);
+        let first = std::mem::take(&mut self.initial);
+        if first {
+            self.detail = self.blueprint.remark.clone();
+        } else if was == Health::Recovering && !self.detail.starts_with("mended: ") {
+            self.detail = clip(format!("mended: {}", self.detail));
+        }
+        tracing::info!(model = self.blueprint.name, epoch = self.epoch.0, "a deployment is ready");
+        self.publish();
+        if first {
+            self.shared.deployments.keep(&self.blueprint);
+        }
+        if let Some(progress) = self.progress.take() {
+            let (shared, deployment) = (self.shared.clone(), self.status());
+            tokio::spawn(async move {
+                // When the caller hears that it is ready, every node's API knows the model.
+                shared.push_deployments().await;
+                progress.send(LoadEvent::Ready { deployment }).await.ok();
+            });
+        }
+    }
+
+    fn tell(&self, event: LoadEvent) {
+        if let Some(progress) = &self.progress {
+            // A watcher that is slow or gone misses progress, never the outcome.
+            progress.try_send(event).ok();
+        }
+    }
+
+    fn status(&self) -> DeploymentStatus {
+        let b = &self.blueprint;
+        let stages = self.stages.iter().enumerate().map(|(i, s)| {
+            let info = s.loaded.as_ref().map(|(_, info)| info);
+            StageStatus {
+                stage: i as u16,
+                node: s.plan.node,
+                node_name: self.shared.membership.name_of(s.plan.node),
+                layers: s.plan.layers,
+                pid: info.map(|info| info.pid),
+                shard_bytes: s.shard_bytes,
+                memory_bytes: info
+                    .map_or(0, |i| i.weights_bytes.saturating_add(i.kv_bytes).saturating_add(i.compute_bytes)),
+                device: info.map(|info| info.device.chars().take(200).collect()).unwrap_or_default(),
+                health: match (s.connected, self.health) {
+                    (true, _) => Health::Ready,
+                    (false, Health::Ready) => Health::Recovering,
+                    (false, health) => health,
+                },
+                stats: s.stats.clone(),
+            }
+        });
+        DeploymentStatus {
+            id: b.id,
+            name: b.name.clone(),
+            model_hash: b.model.hash.clone(),
+            architecture: b.model.model.architecture().to_owned(),
+            layers: b.model.model.n_layers(),
+            epoch: self.epoch,
+            health: self.health,
+            detail: self.detail.clone(),
+            coordinator: self.shared.id,
+            ctx: b.ctx,
+            slots: b.slots,
+            stages: stages.collect(),
+            created_unix_s: b.created_unix_s,
+        }
+    }
+
+    /// Lets this node's own status know.
+    fn note(&self) {
+        self.shared.deployments.put(self.status());
+    }
+
+    /// Lets every node know.
+    fn publish(&self) {
+        self.note();
+        self.shared.deployments_changed.notify_one();
+    }
+
+    /// Stops all stages and waits until their processes are gone.
+    async fn end_stages(&mut self) {
+        for stage in &mut self.stages {
+            stage.retry_at = None;
+            if let Some(commands) = &stage.commands {
+                commands.try_send(StageCommand::Stop).ok();
+            }
+        }
+        self.rewire_at = None;
+        let all_ended = async {
+            while self.stages.iter().any(|s| s.commands.is_some()) {
+                let over = match self.inbox.recv().await {
+                    Some(Message::Session(
+                        i,
+                        g,
+                        SessionEvent::Stage(StageEvent::Ended { .. }) | SessionEvent::Away(_),
+                    ))
+                    | Some(Message::Closed(i, g)) => (i, g),
+                    Some(_) => continue,
+                    None => return,
+                };
+                if self.stages[over.0].generation == over.1 {
+                    self.stages[over.0].commands = None;
+                }
+            }
+        };
+        if timeout(END_TIMEOUT, all_ended).await.is_err() {
+            tracing::warn!(model = self.blueprint.name, "some stages did not end in time; their nodes end them");
+        }
+        for i in 0..self.stages.len() {
+            self.down(i);
+            self.drop_cut(i);
+        }
+    }
+
+    async fn remove(&mut self) {
+        self.shared.deployments.remove(self.blueprint.id);
+        self.shared.cutter.clear(self.blueprint.id).await;
+        self.shared.push_deployments().await;
+    }
+
+    async fn fail_load(&mut self, message: String) {
+        tracing::warn!(model = self.blueprint.name, message, "a load failed");
+        self.end_stages().await;
+        self.remove().await;
+        if let Some(progress) = self.progress.take() {
+            progress.send(LoadEvent::Failed { message }).await.ok();
+        }
+    }
+
+    async fn fail(&mut self, message: String) {
+        tracing::error!(model = self.blueprint.name, message, "a deployment failed");
+        self.abort_requests(&message);
+        self.health = Health::Failed;
+        self.detail = clip(message);
+        self.publish();
+        self.end_stages().await;
+        self.publish();
+    }
+}

@@ -1,0 +1,469 @@
+//! What this node coordinates: from a load request to a placement, and back after a restart.
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use capstan_planner::{NodeResources, Placement, PlanError, PlanInput, PlanOptions, Sizes, StagePlan, plan};
+use capstan_proto::control::{DEPLOYMENTS_MAX, DeploymentList};
+use capstan_proto::manage::{DeploymentStatus, Health, LoadEvent, LoadRequest, ManageError, PlannedStage, StageStatus};
+use capstan_proto::{DeploymentId, Epoch, LayerRange, NodeId, limits};
+use serde::{Deserialize, Serialize};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::coordinator::{Blueprint, Coordinator, Message, Outbox};
+use crate::cutter::OpenModel;
+use crate::error::NodeError;
+use crate::files;
+use crate::membership::{now_ms, now_s};
+use crate::node::Shared;
+
+/// Load events that wait for whoever watches.
+const LOAD_QUEUE: usize = 256;
+/// Context of a slot where the user says nothing: enough for a chat, small enough for any machine.
+const CTX_DEFAULT: u32 = 4096;
+/// Longest context that may be asked for: beyond any model, so that products stay far from overflow.
+const CTX_MAX: u32 = 1 << 24;
+/// Slots where the user says nothing.
+const SLOTS_DEFAULT: u32 = 4;
+/// Most rows of a micro-batch: llama.cpp's own default.
+const UBATCH: u32 = 512;
+
+struct Entry {
+    status: DeploymentStatus,
+    /// None while it is being set up or when its model could not be opened after a restart.
+    outbox: Option<Outbox>,
+}
+
+/// A deployment on disk: enough to bring it back without planning again.
+#[derive(Clone, Serialize, Deserialize)]
+struct Saved {
+    id: DeploymentId,
+    name: String,
+    path: PathBuf,
+    ctx: u32,
+    slots: u32,
+    ubatch: u32,
+    decode_batch: u32,
+    created_unix_s: u64,
+    stages: Vec<SavedStage>,
+}
+
+#[derive(Clone, Serialize, Deserialize)]
+struct SavedStage {
+    node: NodeId,
+    node_name: String,
+    layers: LayerRange,
+    memory_bytes: u64,
+}
+
+/// What this node coordinates.
+pub(crate) struct Deployments {
+    path: PathBuf,
+    entries: Mutex<HashMap<DeploymentId, Entry>>,
+    saved: Mutex<Vec<Saved>>,
+    stamp: AtomicU64,
+}
+
+impl Deployments {
+    pub(crate) fn open(data_dir: &Path) -> Result<Self, NodeError> {
+        let path = data_dir.join("deployments.json");
+        let saved = files::read_json(&path)?.unwrap_or_default();
+        Ok(Self { path, entries: Mutex::default(), saved: Mutex::new(saved), stamp: AtomicU64::new(now_ms()) })
+    }
+
+    fn entries(&self) -> MutexGuard<'_, HashMap<DeploymentId, Entry>> {
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How this node's deployments are, oldest first.
+    pub(crate) fn list(&self) -> Vec<DeploymentStatus> {
+        let mut all: Vec<_> = self.entries().values().map(|e| e.status.clone()).collect();
+        all.sort_by_key(|d| (d.created_unix_s, d.id));
+        all
+    }
+
+    /// The same for other nodes, newer than any list before.
+    pub(crate) fn stamped(&self, coordinator: NodeId) -> DeploymentList {
+        let now = now_ms();
+        let last = self.stamp.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |s| Some(now.max(s + 1)));
+        // The stamp is taken before the list: a list may be newer than its stamp says, never older.
+        DeploymentList { coordinator, stamp: last.map_or(now, |s| now.max(s + 1)), deployments: self.list() }
+    }
+
+    /// Whether nothing is coordinated here.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.entries().is_empty()
+    }
+
+    /// Notes how a deployment is; one that was removed stays removed.
+    pub(crate) fn put(&self, status: DeploymentStatus) {
+        if let Some(entry) = self.entries().get_mut(&status.id) {
+            entry.status = status;
+        }
+    }
+
+    /// Forgets a deployment, on disk too.
+    pub(crate) fn remove(&self, id: DeploymentId) {
+        self.entries().remove(&id);
+        self.save(|saved| saved.retain(|s| s.id != id));
+    }
+
+    /// Notes a deployment on disk, so that it comes back after a restart.
+    pub(crate) fn keep(&self, b: &Blueprint) {
+        let Some(path) = b.model.model.files().first().cloned() else { return };
+        let stage = |s: &StagePlan| SavedStage {
+            node: s.node,
+            node_name: s.node_name.clone(),
+            layers: s.layers,
+            memory_bytes: s.memory_bytes,
+        };
+        let one = Saved {
+            id: b.id,
+            name: b.name.clone(),
+            path,
+            ctx: b.ctx,
+            slots: b.slots,
+            ubatch: b.ubatch,
+            decode_batch: b.decode_batch,
+            created_unix_s: b.created_unix_s,
+            stages: b.stages.iter().map(stage).collect(),
+        };
+        self.save(|saved| {
+            saved.retain(|s| s.id != b.id);
+            saved.push(one);
+        });
+    }
+
+    fn save(&self, change: impl FnOnce(&mut Vec<Saved>)) {
+        let mut saved = self.saved.lock().unwrap_or_else(PoisonError::into_inner);
+        change(&mut saved);
+        if let Err(error) = files::write_json(&self.path, &*saved) {
+            tracing::error!(%error, "the deployments could not be saved; after a restart they may not come back");
+        }
+    }
+
+    /// Tells every deployment that a node is no member any more.
+    pub(crate) fn member_left(&self, node: NodeId) {
+        for entry in self.entries().values() {
+            if let Some(outbox) = &entry.outbox {
+                outbox.try_send(Message::MemberLeft(node)).ok();
+            }
+        }
+    }
+
+    /// Ends a deployment and waits until it is gone.
+    pub(crate) async fn unload(&self, id: DeploymentId) -> Result<(), ManageError> {
+        let outbox = match self.entries().get(&id) {
+            Some(entry) => entry.outbox.clone(),
+            None => return Err(ManageError::new(404, "there is no such deployment any more")),
+        };
+        let Some(outbox) = outbox else {
+            self.remove(id);
+            return Ok(());
+        };
+        let (done, gone) = oneshot::channel();
+        // A coordinator that has ended in the meantime has removed its deployment itself.
+        if outbox.send(Message::Unload(done)).await.is_ok() {
+            gone.await.ok();
+        }
+        Ok(())
+    }
+
+    /// Ends all deployments of this node.
+    pub(crate) async fn unload_all(&self) {
+        let ids: Vec<_> = self.entries().keys().copied().collect();
+        futures::future::join_all(ids.into_iter().map(|id| self.unload(id))).await;
+    }
+}
+
+fn bad(message: impl Into<String>) -> ManageError {
+    ManageError::new(400, message)
+}
+
+/// A number that JSON's readers keep exact: 53 bits are enough never to meet again.
+fn new_id() -> DeploymentId {
+    DeploymentId(rand::random::<u64>() >> 11)
+}
+
+fn default_name(path: &Path) -> String {
+    let stem = path.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
+    // The parts of a split model are called NAME-00001-of-00003.
+    let digits = |s: &str| s.len() == 5 && s.bytes().all(|b| b.is_ascii_digit());
+    let split = stem.rsplit_once("-of-").filter(|(_, n)| digits(n)).and_then(|(rest, _)| rest.rsplit_once('-'));
+    match split {
+        Some((name, part)) if digits(part) => name.to_owned(),
+        _ => stem,
+    }
+}
+
+fn check_name(name: &str) -> Result<(), ManageError> {
+    if name.is_empty() || name.len() > limits::NAME_BYTES_MAX || name.chars().any(char::is_control) {
+        return Err(bad(format!(
+            "{:?} is no name for a model; take 1 to {} printable characters with --name",
+            name.chars().take(80).collect::<String>(),
+            limits::NAME_BYTES_MAX
+        )));
+    }
+    Ok(())
+}
+
+async fn open_model(path: PathBuf) -> Result<OpenModel, String> {
+    tokio::task::spawn_blocking(move || OpenModel::open(&path))
+        .await
+        .map_err(|e| format!("reading the model failed: {e}"))?
+}
+
+fn node_named(shared: &Shared, name: &str) -> Result<NodeId, ManageError> {
+    let Some(member) = shared.membership.find(name) else {
+        let mut names: Vec<_> = shared.membership.others().into_iter().map(|m| m.name).collect();
+        names.push(shared.membership.name());
+        names.sort();
+        return Err(bad(format!("there is no node {name:?} in this cluster; its nodes are {}", names.join(", "))));
+    };
+    if !shared.membership.online(member.id) {
+        return Err(ManageError::new(
+            409,
+            format!("node {} does not answer; start it with `capstan up` or choose other nodes", member.name),
+        ));
+    }
+    Ok(member.id)
+}
+
+/// Starts to load a model. What is wrong with the request itself is said here, the rest by the last event.
+pub(crate) async fn load(shared: &Arc<Shared>, request: LoadRequest) -> Result<mpsc::Receiver<LoadEvent>, ManageError> {
+    let slots = request.slots.unwrap_or(SLOTS_DEFAULT);
+    if slots == 0 || slots > limits::SLOTS_MAX {
+        return Err(bad(format!("slots is {slots}; take 1 to {}", limits::SLOTS_MAX)));
+    }
+    let decode_batch = request.decode_batch.unwrap_or(slots);
+    if decode_batch == 0 || decode_batch > slots {
+        return Err(bad(format!("decode_batch is {decode_batch}; take 1 to the number of slots, {slots}")));
+    }
+    if request.ctx.is_some_and(|c| c == 0 || c > CTX_MAX) {
+        return Err(bad(format!("ctx is {}; take 1 to {CTX_MAX} tokens", request.ctx.unwrap_or(0))));
+    }
+    if request.nodes.len() > limits::MEMBERS_MAX || request.layers.len() > limits::LAYERS_MAX as usize {
+        return Err(bad("more nodes are named than a cluster can have"));
+    }
+    let path = std::fs::canonicalize(&request.path).map_err(|e| {
+        bad(format!("the model {:?} cannot be read on node {}: {e}", request.path, shared.membership.name()))
+    })?;
+    let name = request.name.clone().unwrap_or_else(|| default_name(&path));
+    check_name(&name)?;
+    refuse_taken(shared, &name)?;
+    let model = open_model(path).await.map_err(bad)?;
+
+    // What the others have free is asked now, not taken from a second ago.
+    shared.poll_all().await;
+    let nodes = request.nodes.iter().map(|n| node_named(shared, n)).collect::<Result<Vec<_>, _>>()?;
+    let mut layers = Vec::new();
+    for (node, range) in &request.layers {
+        layers.push((node_named(shared, node)?, *range));
+    }
+    if !nodes.is_empty() && !layers.is_empty() && layers.iter().any(|(n, _)| !nodes.contains(n)) {
+        return Err(bad("--layers names a node that --nodes does not; give one of the two"));
+    }
+    let ctx_train = model.model.profile().context_train;
+    let ctx_default = if ctx_train == 0 { CTX_DEFAULT } else { ctx_train.min(CTX_DEFAULT) };
+    let options = PlanOptions { ctx: request.ctx.unwrap_or(ctx_default), slots, ubatch: UBATCH, nodes, layers };
+    let (ctx, ubatch) = (options.ctx, options.ubatch);
+    let placement = place(shared, &model, options).await?;
+
+    let blueprint = Blueprint {
+        id: new_id(),
+        name,
+        stages: placement.stages().to_vec(),
+        ctx,
+        slots,
+        ubatch,
+        decode_batch,
+        created_unix_s: now_s(),
+        remark: match (placement.stages().len(), model.model.split_problem()) {
+            (1, Some(reason)) => format!("it runs whole: {reason}"),
+            _ => String::new(),
+        },
+        model,
+    };
+    let planned = LoadEvent::Planned {
+        stages: placement
+            .stages()
+            .iter()
+            .map(|s| PlannedStage {
+                node: s.node,
+                node_name: s.node_name.clone(),
+                layers: s.layers,
+                shard_bytes: blueprint.model.model.shard_bytes(s.layers),
+                memory_bytes: s.memory_bytes,
+            })
+            .collect(),
+        explanation: placement.explanation().to_vec(),
+    };
+    let (progress, events) = mpsc::channel(LOAD_QUEUE);
+    // The queue is empty, so there is room.
+    progress.try_send(planned).ok();
+    launch(shared, blueprint, Some(progress))?;
+    Ok(events)
+}
+
+fn refuse_taken(shared: &Shared, name: &str) -> Result<(), ManageError> {
+    if shared.all_deployments().iter().any(|d| d.name == name) {
+        return Err(taken(name));
+    }
+    Ok(())
+}
+
+fn taken(name: &str) -> ManageError {
+    ManageError::new(
+        409,
+        format!("a model is served as {name:?} already; unload it, or choose another name with --name"),
+    )
+}
+
+/// Enters a deployment in the table and starts its coordinator.
+fn launch(
+    shared: &Arc<Shared>,
+    blueprint: Blueprint,
+    progress: Option<mpsc::Sender<LoadEvent>>,
+) -> Result<(), ManageError> {
+    let id = blueprint.id;
+    let status = status_before(shared, &blueprint);
+    let (coordinator, outbox) = Coordinator::new(shared.clone(), blueprint, progress);
+    {
+        // Checked again under the lock: two loads by the same name may have come at once.
+        let mut entries = shared.deployments.entries();
+        if entries.values().any(|e| e.status.name == status.name) {
+            return Err(taken(&status.name));
+        }
+        if entries.len() >= DEPLOYMENTS_MAX {
+            return Err(ManageError::new(
+                409,
+                format!("this node looks after {DEPLOYMENTS_MAX} models already; unload one first"),
+            ));
+        }
+        entries.insert(id, Entry { status, outbox: Some(outbox) });
+    }
+    tokio::spawn(coordinator.run());
+    Ok(())
+}
+
+fn status_before(shared: &Shared, b: &Blueprint) -> DeploymentStatus {
+    let stages = b.stages.iter().enumerate().map(|(i, s)| StageStatus {
+        stage: i as u16,
+        node: s.node,
+        node_name: s.node_name.clone(),
+        layers: s.layers,
+        pid: None,
+        shard_bytes: b.model.model.shard_bytes(s.layers),
+        memory_bytes: 0,
+        device: String::new(),
+        health: Health::Loading,
+        stats: Default::default(),
+    });
+    DeploymentStatus {
+        id: b.id,
+        name: b.name.clone(),
+        model_hash: b.model.hash.clone(),
+        architecture: b.model.model.architecture().to_owned(),
+        layers: b.model.model.n_layers(),
+        epoch: Epoch(0),
+        health: Health::Loading,
+        detail: b.remark.clone(),
+        coordinator: shared.id,
+        ctx: b.ctx,
+        slots: b.slots,
+        stages: stages.collect(),
+        created_unix_s: b.created_unix_s,
+    }
+}
+
+async fn place(shared: &Arc<Shared>, model: &OpenModel, options: PlanOptions) -> Result<Placement, ManageError> {
+    let (_, free_bytes) = shared.machine.memory();
+    let mut nodes = vec![NodeResources { id: shared.id, name: shared.membership.name(), free_bytes }];
+    for member in shared.membership.others() {
+        if let (true, (Some(status), _)) = (shared.membership.online(member.id), shared.view.node(member.id)) {
+            nodes.push(NodeResources { id: member.id, name: member.name, free_bytes: status.memory_free_bytes });
+        }
+    }
+    let model = model.model.clone();
+    // Trying every order of several nodes for a deep model takes a moment; the daemon goes on meanwhile.
+    let planned = tokio::task::spawn_blocking(move || {
+        let sizes = Sizes::of(&model.profile());
+        plan(&PlanInput {
+            nodes,
+            sizes: &sizes,
+            window_problem: &|range| model.window_problem(range),
+            split_problem: model.split_problem(),
+            options,
+        })
+    });
+    let planned = planned.await.map_err(|e| ManageError::new(500, format!("planning failed: {e}")))?;
+    planned.map_err(|error| {
+        let status = match error {
+            PlanError::Memory { .. } | PlanError::UnknownNode(_) | PlanError::NoNodes => 409,
+            _ => 400,
+        };
+        ManageError::new(status, error.to_string())
+    })
+}
+
+/// Brings back what was served before the node was restarted.
+pub(crate) async fn resume(shared: Arc<Shared>) {
+    let saved = shared.deployments.saved.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    for one in saved {
+        let stages: Vec<_> = one
+            .stages
+            .iter()
+            .map(|s| StagePlan {
+                node: s.node,
+                node_name: s.node_name.clone(),
+                layers: s.layers,
+                memory_bytes: s.memory_bytes,
+            })
+            .collect();
+        let opened = open_model(one.path.clone()).await.and_then(|model| {
+            // The file may have been replaced meanwhile.
+            Placement::new(model.model.n_layers(), stages.clone(), vec![]).map_err(|e| e.to_string())?;
+            Ok(model)
+        });
+        match opened {
+            Ok(model) => {
+                let blueprint = Blueprint {
+                    // A number is never used again: stages elsewhere may still be ending.
+                    id: new_id(),
+                    name: one.name.clone(),
+                    model,
+                    stages,
+                    ctx: one.ctx,
+                    slots: one.slots,
+                    ubatch: one.ubatch,
+                    decode_batch: one.decode_batch,
+                    created_unix_s: one.created_unix_s,
+                    remark: String::new(),
+                };
+                shared.deployments.save(|saved| saved.retain(|s| s.id != one.id));
+                shared.deployments.keep(&blueprint);
+                if let Err(error) = launch(&shared, blueprint, None) {
+                    tracing::error!(model = one.name, %error, "a deployment could not be brought back");
+                }
+            }
+            Err(reason) => {
+                tracing::error!(model = one.name, reason, "a deployment could not be brought back");
+                shared.deployments.save(|saved| saved.retain(|s| s.id != one.id));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_model_is_called_by_its_file() {
+        assert_eq!(default_name(Path::new("/m/Smol-Q8_0.gguf")), "Smol-Q8_0");
+        assert_eq!(default_name(Path::new("/m/Kimi-Q2-00001-of-00008.gguf")), "Kimi-Q2");
+        assert_eq!(default_name(Path::new("/m/one-of-us.gguf")), "one-of-us");
+        assert!(check_name("a\nb").is_err() && check_name("").is_err() && check_name("a b").is_ok());
+    }
+}

@@ -1,0 +1,43 @@
+//! The daemon as a library: sockets, clock, supervision around the pure crates.
+//!
+//! | module | idea |
+//! |---|---|
+//! | [`service`] | what the HTTP layer asks of a node |
+//! | [`node`] | what a node is made of, how it starts and stops |
+//! | [`config`], [`error`] | what it is told, and why it does not start |
+//! | `identity`, `files` | its key; small files that are there whole or not at all |
+//! | `endpoint`, `frames` | QUIC by key; messages on a stream |
+//! | `membership`, `view` | who is in the cluster; how the others are |
+//! | `control_client`, `control_server` | calls to other nodes, and answers |
+//! | `deployments`, `coordinator`, `cutter` | load and place; bring up, wire, mend; shards for others |
+//! | `session` | a coordinator's hold on one stage, wherever it runs |
+//! | `stages`, `requests` | the stages that run here; a request's events, bounded |
+//! | `generate` | a request's way to its driver and back |
+//! | `machine` | memory and devices |
+
+pub mod config;
+mod control_client;
+mod control_server;
+mod coordinator;
+mod cutter;
+mod deployments;
+mod endpoint;
+pub mod error;
+mod files;
+mod frames;
+mod generate;
+mod identity;
+mod machine;
+mod membership;
+pub mod node;
+mod requests;
+pub mod service;
+mod service_impl;
+mod session;
+mod stages;
+mod view;
+
+pub use config::NodeConfig;
+pub use error::NodeError;
+pub use node::Node;
+pub use service::Service;

@@ -1,0 +1,163 @@
+//! A node, as its API and its command line use it.
+use std::time::Duration;
+
+use async_trait::async_trait;
+use capstan_cluster::Ticket;
+use capstan_proto::control::{self, Done, JOIN_ALPN, Join, JoinReply, Request, UnloadReply};
+use capstan_proto::generate::{GenerateEvent, GenerateRequest, RequestError};
+use capstan_proto::manage::{ClusterStatus, LoadEvent, LoadRequest, ManageError, TicketReply};
+use iroh::endpoint::VarInt;
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+
+use crate::control_client::connect;
+use crate::node::Node;
+use crate::service::Service;
+use crate::{deployments, endpoint, frames, generate};
+
+/// Longest life of a ticket, in seconds: a month.
+const TICKET_TTL_MAX_S: u64 = 31 * 24 * 3600;
+/// How long the inviter may take to answer.
+const JOIN_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a member may take to hear that this node leaves.
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long the node that looks after a model may take to end it: its stages have eight seconds, and there is the way.
+const UNLOAD_TIMEOUT: Duration = Duration::from_secs(20);
+
+#[async_trait]
+impl Service for Node {
+    async fn status(&self) -> ClusterStatus {
+        self.shared.cluster_status()
+    }
+
+    async fn generate(&self, request: GenerateRequest) -> Result<mpsc::Receiver<GenerateEvent>, RequestError> {
+        generate::generate(&self.shared, request).await
+    }
+
+    async fn load(&self, request: LoadRequest) -> Result<mpsc::Receiver<LoadEvent>, ManageError> {
+        deployments::load(&self.shared, request).await
+    }
+
+    async fn unload(&self, name: String) -> Result<(), ManageError> {
+        let shared = &self.shared;
+        if let Some(own) = shared.deployments.list().into_iter().find(|d| d.name == name) {
+            return shared.deployments.unload(own.id).await;
+        }
+        let Some(found) = shared.view.deployments().into_iter().find(|d| d.name == name) else {
+            let mut names: Vec<_> = shared.all_deployments().into_iter().map(|d| d.name).collect();
+            names.sort();
+            let have =
+                if names.is_empty() { "no model is loaded".into() } else { format!("loaded are {}", names.join(", ")) };
+            return Err(ManageError::new(
+                404,
+                format!("there is no model {:?}; {have}", name.chars().take(100).collect::<String>()),
+            ));
+        };
+        let request = Request::Unload { deployment: found.id };
+        let UnloadReply(trouble) = shared.client.call(found.coordinator, &request, UNLOAD_TIMEOUT).await?;
+        trouble.map_or(Ok(()), |message| Err(ManageError::new(502, message)))
+    }
+
+    async fn ticket(&self, ttl_s: u64, reusable: bool) -> Result<TicketReply, ManageError> {
+        if ttl_s == 0 || ttl_s > TICKET_TTL_MAX_S {
+            return Err(ManageError::new(400, format!("a ticket lives 1 to {TICKET_TTL_MAX_S} seconds, not {ttl_s}")));
+        }
+        // The interfaces may have changed since the last poll.
+        self.shared.membership.set_own_addrs(endpoint::addrs(&self.shared.endpoint));
+        let ticket = self.shared.membership.issue(ttl_s, reusable).map_err(|e| ManageError::new(409, e.to_string()))?;
+        Ok(TicketReply { ticket: ticket.to_string(), expires_unix_s: ticket.expires_unix_s, reusable })
+    }
+
+    async fn join(&self, ticket: String) -> Result<ClusterStatus, ManageError> {
+        let shared = &self.shared;
+        let ticket: Ticket = ticket.parse().map_err(|e| ManageError::new(400, format!("{e}")))?;
+        let _moving = shared.moving.lock().await;
+        if ticket.cluster == shared.membership.cluster() {
+            let message = "this node is a member of that cluster already; use the ticket on another machine";
+            return Err(ManageError::new(409, message));
+        }
+        if !self.is_alone() {
+            let message = "this node is in a cluster with others; `capstan leave` it first, then join";
+            return Err(ManageError::new(409, message));
+        }
+        if !shared.deployments.is_empty() {
+            return Err(ManageError::new(409, "this node serves models; `capstan unload` them first, then join"));
+        }
+        let inviter = "that issued the ticket";
+        let connection =
+            connect(&shared.endpoint, shared.build, ticket.inviter, inviter, &ticket.addrs, JOIN_ALPN).await?;
+        let ask = async {
+            let (mut send, mut recv) =
+                connection.open_bi().await.map_err(|e| frames::FrameError::Stream(e.to_string()))?;
+            let join = Join {
+                cluster: ticket.cluster,
+                secret: ticket.secret,
+                name: self.name(),
+                addrs: endpoint::addrs(&shared.endpoint),
+                version: shared.build.into(),
+            };
+            frames::write(&mut send, &join, control::JOIN_REQUEST_BYTES_MAX).await?;
+            send.finish().ok();
+            frames::expect::<JoinReply>(&mut recv, control::JOIN_BYTES_MAX).await
+        };
+        let lost = |why: String| ManageError::new(502, format!("the node {inviter} did not answer: {why}; try again"));
+        let reply = match timeout(JOIN_TIMEOUT, ask).await {
+            Ok(reply) => reply.map_err(|e| lost(e.to_string()))?,
+            Err(_) => return Err(lost(format!("nothing came within {} s", JOIN_TIMEOUT.as_secs()))),
+        };
+        connection.close(VarInt::from_u32(0), b"done");
+        match reply {
+            JoinReply::Refused { status, message } => {
+                // Only what HTTP has a meaning for; a peer does not choose our status freely.
+                let status = if matches!(status, 400 | 409 | 410) { status } else { 502 };
+                Err(ManageError::new(status, message))
+            }
+            JoinReply::Welcome { cluster, members } => {
+                let us = members.iter().any(|m| m.id == shared.id);
+                if cluster != ticket.cluster || !us || members.iter().any(|m| m.check().is_err()) {
+                    return Err(ManageError::new(
+                        502,
+                        "the node that issued the ticket answered nonsense; update capstan there",
+                    ));
+                }
+                shared.membership.enter(cluster, members);
+                shared.members_changed();
+                // Whoever asks now for the status sees the others.
+                shared.meet_all().await;
+                tracing::info!(name = self.name(), "this node has joined a cluster");
+                Ok(shared.cluster_status())
+            }
+        }
+    }
+
+    async fn leave(&self) -> Result<(), ManageError> {
+        let shared = &self.shared;
+        let _moving = shared.moving.lock().await;
+        if self.is_alone() {
+            return Err(ManageError::new(409, "this node is alone in its cluster; there is nothing to leave"));
+        }
+        shared.deployments.unload_all().await;
+        let others = shared.membership.others();
+        // The entry is told to the others while they still take this node for a member of theirs.
+        let entry = shared.membership.leaving().map_err(|e| ManageError::new(500, e.to_string()))?;
+        let request = Request::Leave(Box::new(entry));
+        let goodbyes = others.iter().map(|m| {
+            let request = &request;
+            async move {
+                if let Err(error) = shared.client.call::<Done>(m.id, request, LEAVE_TIMEOUT).await {
+                    tracing::debug!(node = m.name, %error, "a member did not hear that this node leaves");
+                }
+            }
+        });
+        futures::future::join_all(goodbyes).await;
+        shared.membership.leave().map_err(|e| ManageError::new(500, e.to_string()))?;
+        shared.end_stages();
+        shared.alone_again();
+        tracing::info!("this node has left its cluster");
+        Ok(())
+    }
+
+    async fn stop(&self) {
+        self.shut_down().await;
+    }
+}

@@ -1,0 +1,465 @@
+//! The stages that this node runs: a compute child each, from the shard's arrival to the child's end.
+//!
+//! A stage is one task between two channels, the same whether its coordinator is this node or another: commands come
+//! in, events go out, and when the commands' sender is gone the stage ends. Nothing in it waits for a slow reader, so
+//! the child's messages are always taken at once.
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use capstan_compute::host::{self, ChildReceiver, ChildSender, SpawnOptions};
+use capstan_proto::child::{CHILD_VERSION, FromChild, ToChild};
+use capstan_proto::control::{ShardRef, StageCommand, StageEvent, StageOrder, clip};
+use capstan_proto::generate::{ErrorKind, GenerateEvent, GenerateRequest, RequestError};
+use capstan_proto::{DeploymentId, Epoch, NodeId, RequestId, limits};
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{Instant, sleep_until, timeout};
+
+use crate::node::Shared;
+use crate::requests::{EventSender, EventStream, is_last, request_queue};
+
+/// Commands and events that wait between a stage and its coordinator. Both sides take them at once; a queue that is
+/// full means that the other side is gone.
+pub(crate) const STAGE_QUEUE: usize = 256;
+/// Requests that wait to be handed to a driver's stage; it takes them at once.
+const SUBMIT_QUEUE: usize = 64;
+/// Messages of a child that wait for the stage's task.
+const CHILD_QUEUE: usize = 64;
+/// How long a child may take to say hello: the time to start a process on a loaded machine.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long a child may take to end by itself.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(3);
+/// How long a child may leave its standard input unread before it counts as hung.
+const CHILD_SEND_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long the driver waits for the coordinator to say why the pipeline broke, before it tells clients only that.
+const REASON_WAIT: Duration = Duration::from_millis(500);
+
+/// Where a stage's shard comes from.
+pub(crate) enum ShardSource {
+    /// A file of this node.
+    Local(PathBuf),
+    /// The coordinator offers it.
+    Fetch(NodeId),
+}
+
+struct Submit {
+    body: Box<GenerateRequest>,
+    reply: oneshot::Sender<Result<EventStream, RequestError>>,
+}
+
+/// The drivers that this node runs.
+#[derive(Default)]
+pub(crate) struct StageHost {
+    drivers: Mutex<HashMap<DeploymentId, (u64, mpsc::Sender<Submit>)>>,
+    next: AtomicU64,
+}
+
+impl StageHost {
+    fn drivers(&self) -> MutexGuard<'_, HashMap<DeploymentId, (u64, mpsc::Sender<Submit>)>> {
+        self.drivers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Hands a request to the driver here.
+    pub(crate) async fn submit(
+        &self,
+        deployment: DeploymentId,
+        body: Box<GenerateRequest>,
+    ) -> Result<EventStream, RequestError> {
+        let away = || RequestError::new(ErrorKind::Unavailable, "the model is being loaded; try again in a moment");
+        let driver = self.drivers().get(&deployment).map(|(_, s)| s.clone()).ok_or_else(away)?;
+        let (reply, answer) = oneshot::channel();
+        driver.try_send(Submit { body, reply }).map_err(|e| match e {
+            mpsc::error::TrySendError::Full(_) => busy(),
+            mpsc::error::TrySendError::Closed(_) => away(),
+        })?;
+        answer.await.map_err(|_| away())?
+    }
+}
+
+fn busy() -> RequestError {
+    RequestError::new(ErrorKind::Busy, "too many requests wait already; try again in a few seconds")
+}
+
+/// Tells the coordinator. Essential events that cannot be told end the stage.
+struct Events(mpsc::Sender<StageEvent>);
+
+impl Events {
+    fn must(&self, event: StageEvent) -> Result<(), String> {
+        self.0.try_send(event).map_err(|_| "was stopped because its coordinator is gone".to_owned())
+    }
+    fn may(&self, event: StageEvent) {
+        // Progress and counters: the next one says more.
+        self.0.try_send(event).ok();
+    }
+}
+
+/// Runs a stage until it is stopped, its child ends, or the node stops. The last event says how it ended.
+pub(crate) async fn run_stage(
+    shared: std::sync::Arc<Shared>,
+    order: StageOrder,
+    source: ShardSource,
+    commands: mpsc::Receiver<StageCommand>,
+    events: mpsc::Sender<StageEvent>,
+) {
+    let (deployment, stage, name) = (order.spec.deployment, order.spec.stage, order.spec.model_name.clone());
+    let stop = shared.stop.clone();
+    let stage_stop = shared.stages_stop();
+    let last = events.clone();
+    let reason = tokio::select! {
+        end = StageTask::run(&shared, order, source, commands, Events(events)) => end.err().unwrap_or_else(|| "was stopped".into()),
+        () = stop.cancelled() => "was stopped with its node".into(),
+        () = stage_stop.cancelled() => "was stopped because its node left the cluster".into(),
+    };
+    tracing::info!(%deployment, stage, model = name, reason, "a stage ended");
+    last.try_send(StageEvent::Ended { reason: clip(reason) }).ok();
+}
+
+enum FromReader {
+    Message(FromChild),
+    Exit(String),
+}
+
+async fn read_child(mut receiver: ChildReceiver, out: mpsc::Sender<FromReader>) {
+    let read = async {
+        while let Some(message) = receiver.recv().await {
+            if out.send(FromReader::Message(message)).await.is_err() {
+                return;
+            }
+        }
+        let reason = receiver.exit_reason().await;
+        out.send(FromReader::Exit(reason)).await.ok();
+    };
+    tokio::select! {
+        () = read => {}
+        // The stage's task is gone: dropping the receiver ends the child.
+        () = out.closed() => {}
+    }
+}
+
+struct StageTask<'a> {
+    shared: &'a Shared,
+    order: &'a StageOrder,
+    events: &'a Events,
+    child: ChildSender,
+    connected: Option<Epoch>,
+    requests: HashMap<RequestId, EventSender>,
+    /// Requests that the child gave up because a link broke; they wait a moment for a better reason.
+    doomed: Vec<(EventSender, RequestError)>,
+    doom_at: Option<Instant>,
+    cancels: mpsc::Sender<RequestId>,
+}
+
+impl StageTask<'_> {
+    async fn run(
+        shared: &Shared,
+        mut order: StageOrder,
+        source: ShardSource,
+        mut commands: mpsc::Receiver<StageCommand>,
+        events: Events,
+    ) -> Result<(), String> {
+        let reservation = shared.machine.reserve(order.memory_bytes).map_err(|free| {
+            format!(
+                "has not enough memory: it needs {} and {} are free there, so {} are missing",
+                capstan_planner::human_bytes(order.memory_bytes),
+                capstan_planner::human_bytes(free),
+                capstan_planner::human_bytes(order.memory_bytes.saturating_sub(free))
+            )
+        })?;
+        let Some(path) = shard_file(shared, &order, source, &mut commands, &events).await? else { return Ok(()) };
+        order.spec.shard = path;
+        order.spec.threads = shared.config.threads;
+        order.spec.gpu_layers = shared.config.gpu_layers;
+        order.spec.bind = shared.config.bind_addr.ip();
+        let spec = &order.spec;
+
+        let label = format!("{} stage {}", spec.model_name, spec.stage);
+        let options = SpawnOptions { command: shared.config.compute_command.clone(), label };
+        let (child, receiver) = host::spawn(options).map_err(|e| format!("could not be started: {e}"))?;
+        tracing::info!(model = spec.model_name, stage = spec.stage, layers = %spec.layers, pid = child.pid(), "a stage starts");
+        let (out, mut messages) = mpsc::channel(CHILD_QUEUE);
+        tokio::spawn(read_child(receiver, out));
+        match timeout(HELLO_TIMEOUT, messages.recv()).await {
+            Ok(Some(FromReader::Message(FromChild::Hello { version: CHILD_VERSION }))) => {}
+            Ok(Some(FromReader::Message(FromChild::Hello { version }))) => {
+                return Err(format!(
+                    "speaks version {version} with its daemon, which speaks {CHILD_VERSION}; capstan was replaced while \
+                     it ran, restart the daemon with `capstan stop` and `capstan up`"
+                ));
+            }
+            Ok(Some(FromReader::Exit(reason))) => return Err(reason),
+            Ok(_) => return Err("did not speak our protocol".into()),
+            Err(_) => return Err(format!("did not start within {} s", HELLO_TIMEOUT.as_secs())),
+        }
+
+        let (cancels, mut cancelled) = mpsc::channel(SUBMIT_QUEUE);
+        let (submit, mut submitted) = mpsc::channel(SUBMIT_QUEUE);
+        let is_driver = spec.stage + 1 == spec.stages;
+        let _registered = is_driver.then(|| Registered::new(&shared.stages, spec.deployment, submit));
+        let mut task = StageTask {
+            shared,
+            order: &order,
+            events: &events,
+            child,
+            connected: None,
+            requests: HashMap::new(),
+            doomed: Vec::new(),
+            doom_at: None,
+            cancels,
+        };
+        task.tell_child(ToChild::Load(Box::new(spec.clone()))).await?;
+        let mut failure = None;
+        loop {
+            let doom_at = task.doom_at;
+            tokio::select! {
+                message = messages.recv() => match message {
+                    Some(FromReader::Message(FromChild::Failed { reason })) => failure = Some(reason),
+                    Some(FromReader::Message(FromChild::Loaded { addr, info })) => {
+                        reservation.measured(&info);
+                        events.must(StageEvent::Loaded { addr, info })?;
+                    }
+                    Some(FromReader::Message(message)) => task.heard(message).await?,
+                    end @ (Some(FromReader::Exit(_)) | None) => {
+                        let how = match end {
+                            Some(FromReader::Exit(reason)) => reason,
+                            _ => "ended".into(),
+                        };
+                        let reason = failure.map_or(how, |f| format!("could not load: {f}"));
+                        task.fail_all(ErrorKind::StageLost, &task.sentence(&reason));
+                        return Err(reason);
+                    }
+                },
+                command = commands.recv() => match command {
+                    Some(StageCommand::Connect(wiring)) => {
+                        task.connected = None;
+                        task.tell_child(ToChild::Connect(wiring)).await?;
+                    }
+                    Some(StageCommand::Abort { reason }) => task.abort(&reason).await?,
+                    Some(StageCommand::Fetch(_)) => {}
+                    Some(StageCommand::Stop) | None => break,
+                },
+                Some(Submit { body, reply }) = submitted.recv() => {
+                    let answer = task.submit(body).await;
+                    // A caller that is gone drops the stream, which cancels the request.
+                    reply.send(answer).ok();
+                }
+                Some(request) = cancelled.recv() => {
+                    if task.requests.remove(&request).is_some() {
+                        task.tell_child(ToChild::Cancel { request }).await?;
+                    }
+                }
+                () = sleep_until(doom_at.unwrap_or_else(Instant::now)), if doom_at.is_some() => task.flush_doomed(),
+            }
+        }
+        task.fail_all(ErrorKind::Unavailable, "the model was unloaded while the answer was being made; load it again");
+        task.tell_child(ToChild::Shutdown).await.ok();
+        let ended = async { while !matches!(messages.recv().await, Some(FromReader::Exit(_)) | None) {} };
+        if timeout(SHUTDOWN_TIMEOUT, ended).await.is_err() {
+            task.child.kill();
+            let killed = async { while !matches!(messages.recv().await, Some(FromReader::Exit(_)) | None) {} };
+            timeout(SHUTDOWN_TIMEOUT, killed).await.ok();
+        }
+        Ok(())
+    }
+
+    fn sentence(&self, reason: &str) -> String {
+        format!(
+            "stage {} on node {} {reason}; it is being started again, try again in a moment",
+            self.order.spec.stage,
+            self.shared.membership.name()
+        )
+    }
+
+    async fn tell_child(&self, message: ToChild) -> Result<(), String> {
+        match timeout(CHILD_SEND_TIMEOUT, self.child.send(message)).await {
+            // An ended child is told by its reader, with the reason.
+            Ok(_) => Ok(()),
+            Err(_) => {
+                self.child.kill();
+                Err(format!("hung for {} s and was killed", CHILD_SEND_TIMEOUT.as_secs()))
+            }
+        }
+    }
+
+    async fn heard(&mut self, message: FromChild) -> Result<(), String> {
+        match message {
+            FromChild::LoadProgress { permille } => self.events.may(StageEvent::Loading { permille }),
+            FromChild::Connected { epoch } => {
+                self.connected = Some(epoch);
+                self.events.must(StageEvent::Connected { epoch })?;
+            }
+            FromChild::Stats(stats) => self.events.may(StageEvent::Stats(stats)),
+            FromChild::Lost { epoch, reason } => {
+                self.connected = None;
+                let error = RequestError::new(ErrorKind::StageLost, self.broken(&reason));
+                let all: Vec<_> = self.requests.drain().map(|(_, queue)| (queue, error.clone())).collect();
+                self.doom(all);
+                self.events.must(StageEvent::Lost { epoch, reason: clip(reason) })?;
+            }
+            FromChild::Event { request, event } => self.forward(request, *event).await?,
+            FromChild::Hello { .. } | FromChild::Loaded { .. } | FromChild::Failed { .. } => {}
+        }
+        Ok(())
+    }
+
+    fn broken(&self, reason: &str) -> String {
+        format!(
+            "the pipeline broke while the answer was being made ({reason}); it is being mended, try again in a moment"
+        )
+    }
+
+    async fn forward(&mut self, request: RequestId, event: GenerateEvent) -> Result<(), String> {
+        if let GenerateEvent::Failed(error) = &event
+            && error.kind == ErrorKind::StageLost
+        {
+            if let Some(queue) = self.requests.remove(&request) {
+                self.doom(vec![(queue, error.clone())]);
+            }
+            return Ok(());
+        }
+        let last = is_last(&event);
+        // Events of a request that was cancelled or aborted may still arrive.
+        let Some(queue) = self.requests.get(&request) else { return Ok(()) };
+        let put = queue.put(event);
+        if last {
+            self.requests.remove(&request);
+        } else if put.is_err() {
+            self.requests.remove(&request);
+            self.tell_child(ToChild::Cancel { request }).await?;
+        }
+        Ok(())
+    }
+
+    fn doom(&mut self, requests: Vec<(EventSender, RequestError)>) {
+        if !requests.is_empty() {
+            self.doomed.extend(requests);
+            self.doom_at.get_or_insert_with(|| Instant::now() + REASON_WAIT);
+        }
+    }
+
+    fn flush_doomed(&mut self) {
+        self.doom_at = None;
+        for (queue, error) in self.doomed.drain(..) {
+            queue.fail(error);
+        }
+    }
+
+    fn fail_all(&mut self, kind: ErrorKind, reason: &str) {
+        self.doom_at = None;
+        let doomed = self.doomed.drain(..).map(|(queue, _)| queue);
+        for queue in doomed.chain(self.requests.drain().map(|(_, queue)| queue)) {
+            queue.fail(RequestError::new(kind, reason));
+        }
+    }
+
+    async fn abort(&mut self, reason: &str) -> Result<(), String> {
+        self.connected = None;
+        let live: Vec<_> = self.requests.keys().copied().collect();
+        self.fail_all(ErrorKind::StageLost, reason);
+        for request in live {
+            self.tell_child(ToChild::Cancel { request }).await?;
+        }
+        Ok(())
+    }
+
+    async fn submit(&mut self, body: Box<GenerateRequest>) -> Result<EventStream, RequestError> {
+        if self.connected.is_none() {
+            let name = &self.order.spec.model_name;
+            let message = format!("the model {name:?} is being brought up; try again in a moment");
+            return Err(RequestError::new(ErrorKind::Unavailable, message));
+        }
+        if self.requests.len() >= self.order.spec.slots as usize + limits::QUEUE_MAX {
+            return Err(busy());
+        }
+        let request = RequestId(self.shared.stages.next.fetch_add(1, Ordering::Relaxed));
+        let (queue, stream, gone) = request_queue();
+        let cancels = self.cancels.clone();
+        tokio::spawn(async move {
+            gone.cancelled().await;
+            // A stage that has ended needs no cancelling.
+            cancels.send(request).await.ok();
+        });
+        let sent = timeout(CHILD_SEND_TIMEOUT, self.child.send(ToChild::Submit { request, body })).await;
+        match sent {
+            Ok(Ok(())) => {}
+            Ok(Err(host::HostError::Codec(e))) => return Err(RequestError::new(ErrorKind::BadRequest, e.to_string())),
+            Ok(Err(_)) | Err(_) => {
+                return Err(RequestError::new(ErrorKind::Unavailable, self.sentence("has just ended")));
+            }
+        }
+        self.requests.insert(request, queue);
+        Ok(stream)
+    }
+}
+
+/// A driver's place in the table, given back when its stage ends.
+struct Registered<'a> {
+    host: &'a StageHost,
+    deployment: DeploymentId,
+    key: u64,
+}
+
+impl<'a> Registered<'a> {
+    fn new(host: &'a StageHost, deployment: DeploymentId, submit: mpsc::Sender<Submit>) -> Self {
+        let key = host.next.fetch_add(1, Ordering::Relaxed);
+        host.drivers().insert(deployment, (key, submit));
+        Self { host, deployment, key }
+    }
+}
+
+impl Drop for Registered<'_> {
+    fn drop(&mut self) {
+        let mut drivers = self.host.drivers();
+        // A later stage of the same deployment may have taken the place already.
+        if drivers.get(&self.deployment).is_some_and(|(key, _)| *key == self.key) {
+            drivers.remove(&self.deployment);
+        }
+    }
+}
+
+/// The file to load; none when the stage was stopped while it waited.
+async fn shard_file(
+    shared: &Shared,
+    order: &StageOrder,
+    source: ShardSource,
+    commands: &mut mpsc::Receiver<StageCommand>,
+    events: &Events,
+) -> Result<Option<PathBuf>, String> {
+    let coordinator = match source {
+        ShardSource::Local(path) => return Ok(Some(path)),
+        ShardSource::Fetch(coordinator) => coordinator,
+    };
+    let trouble = |e: capstan_store::StoreError| format!("could not get its shard: {e}");
+    if let Some(shard) = order.shard
+        && let Some(path) = shared.store.local_verified(&shard.hash).await.map_err(trouble)?
+    {
+        events.must(StageEvent::Fetched)?;
+        return Ok(Some(path));
+    }
+    events.must(StageEvent::NeedShard)?;
+    let shard: ShardRef = loop {
+        match commands.recv().await {
+            Some(StageCommand::Fetch(shard)) => break shard,
+            Some(StageCommand::Stop) | None => return Ok(None),
+            Some(_) => {}
+        }
+    };
+    let member =
+        shared.membership.get(coordinator).ok_or("could not get its shard: its coordinator left the cluster")?;
+    let from = crate::endpoint::dial_addr(coordinator, &member.addrs).ok_or("could not get its shard: a bad key")?;
+    let progress = |done_bytes, total_bytes| events.may(StageEvent::Fetching { done_bytes, total_bytes });
+    let fetch = shared.store.fetch(&shared.endpoint, from, shard.hash, shard.bytes, progress);
+    tokio::pin!(fetch);
+    loop {
+        tokio::select! {
+            path = &mut fetch => {
+                let path = path.map_err(trouble)?;
+                events.must(StageEvent::Fetched)?;
+                return Ok(Some(path));
+            }
+            // What has arrived stays for the next attempt.
+            command = commands.recv() => if matches!(command, Some(StageCommand::Stop) | None) { return Ok(None) },
+        }
+    }
+}

@@ -1,0 +1,253 @@
+//! Several nodes in one process, over loopback: joining, leaving, refusing, placing, and bringing shards.
+//!
+//! No compute process is needed here: the command that should start one ends at once, which is itself a case.
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use capstan_node::{Node, NodeConfig, NodeError, Service};
+use capstan_proto::LayerRange;
+use capstan_proto::control::{CONTROL_ALPN, Hello};
+use capstan_proto::generate::{ErrorKind, GenerateRequest, Prompt};
+use capstan_proto::manage::{LoadEvent, LoadRequest, ManageError};
+use tempfile::TempDir;
+
+fn config(dir: &Path, name: &str) -> NodeConfig {
+    let mut config = NodeConfig::new(dir.to_owned(), vec!["false".into()]);
+    config.name = Some(name.into());
+    config.bind_addr = ([127, 0, 0, 1], 0).into();
+    config.gpu_layers = 0;
+    config
+}
+
+async fn node(name: &str) -> (Arc<Node>, TempDir) {
+    let dir = tempfile::tempdir().unwrap();
+    (Node::start(config(dir.path(), name)).await.unwrap(), dir)
+}
+
+async fn joined(inviter: &Node, name: &str) -> (Arc<Node>, TempDir) {
+    let (new, dir) = node(name).await;
+    let ticket = inviter.ticket(600, false).await.unwrap().ticket;
+    new.join(ticket).await.unwrap();
+    (new, dir)
+}
+
+/// Waits for a condition; only a fault makes it wait long.
+async fn until<F: Future<Output = bool>>(what: &str, condition: impl Fn() -> F) {
+    let wait = async {
+        while !condition().await {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), wait).await.unwrap_or_else(|_| panic!("never came true: {what}"));
+}
+
+async fn names(node: &Node) -> Vec<String> {
+    let mut names: Vec<_> = node.status().await.nodes.into_iter().filter(|n| n.online).map(|n| n.name).collect();
+    names.sort();
+    names
+}
+
+fn refused<T: std::fmt::Debug>(result: Result<T, ManageError>, status: u16, text: &str) {
+    let error = result.unwrap_err();
+    assert_eq!(error.status, status, "{error}");
+    assert!(error.message.contains(text), "{error}");
+}
+
+fn tiny_model(dir: &Path) -> PathBuf {
+    let path = dir.join("tiny.gguf");
+    let name = capstan_testkit::tiny::names().into_iter().find(|n| *n == "llama").expect("a tiny llama");
+    capstan_testkit::tiny::write(name, &path).unwrap();
+    path
+}
+
+fn request(path: &Path) -> LoadRequest {
+    LoadRequest {
+        path: path.to_string_lossy().into_owned(),
+        name: None,
+        nodes: vec![],
+        layers: vec![],
+        ctx: Some(64),
+        slots: Some(1),
+        decode_batch: None,
+    }
+}
+
+async fn outcome(node: &Node, request: LoadRequest) -> Vec<LoadEvent> {
+    let mut events = node.load(request).await.unwrap();
+    let mut all = vec![];
+    while let Some(event) = events.recv().await {
+        all.push(event);
+    }
+    all
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nodes_join_by_ticket_and_leave() {
+    let (a, _a) = node("alpha").await;
+    let (b, _b) = joined(&a, "alpha").await;
+    assert_eq!(b.name(), "alpha-2");
+    assert_eq!(b.cluster(), a.cluster());
+    assert_eq!(names(&b).await, ["alpha", "alpha-2"]);
+    // A node that joins by one member is soon known to all.
+    let (c, _c) = joined(&b, "gamma").await;
+    until("all know all", || async {
+        names(&a).await.len() == 3 && names(&b).await.len() == 3 && names(&c).await.len() == 3
+    })
+    .await;
+
+    refused(c.join(a.ticket(600, false).await.unwrap().ticket).await, 409, "already");
+    let (other, _other) = node("other").await;
+    refused(c.join(other.ticket(600, false).await.unwrap().ticket).await, 409, "leave");
+
+    b.leave().await.unwrap();
+    assert!(b.is_alone() && b.cluster() != a.cluster());
+    assert_eq!(b.status().await.nodes.len(), 1);
+    until("it is forgotten", || async { names(&a).await == ["alpha", "gamma"] && names(&c).await.len() == 2 }).await;
+    // It may come back, under a name that is free.
+    b.join(c.ticket(600, false).await.unwrap().ticket).await.unwrap();
+    until("it is back", || async { names(&a).await.len() == 3 }).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tickets_are_refused_with_the_reason() {
+    let (a, _a) = node("a").await;
+    let once = a.ticket(600, false).await.unwrap().ticket;
+    let (b, _b) = node("b").await;
+    b.join(once.clone()).await.unwrap();
+    let (c, _c) = node("c").await;
+    refused(c.join(once.clone()).await, 410, "used already");
+    let mut wrong = once.clone();
+    wrong.pop();
+    refused(c.join(wrong).await, 400, "no whole ticket");
+    refused(c.join("hello".into()).await, 400, "no whole ticket");
+    refused(c.ticket(0, false).await, 400, "seconds");
+
+    // A ticket of a cluster that its issuer has left.
+    let stale = b.ticket(600, true).await.unwrap().ticket;
+    b.leave().await.unwrap();
+    refused(c.join(stale).await, 409, "another cluster");
+
+    // An issuer that is gone.
+    let (d, _d) = node("d").await;
+    let lost = d.ticket(600, true).await.unwrap().ticket;
+    d.stop().await;
+    refused(c.join(lost).await, 502, "cannot be reached");
+
+    let many = a.ticket(600, true).await.unwrap().ticket;
+    b.join(many.clone()).await.unwrap();
+    c.join(many).await.unwrap();
+    assert_eq!(names(&c).await.len(), 3);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_that_is_no_member_is_refused() {
+    let (a, _a) = node("a").await;
+    let stranger = iroh::Endpoint::builder(iroh::endpoint::presets::Minimal)
+        .relay_mode(iroh::RelayMode::Disabled)
+        .clear_ip_transports()
+        .bind_addr("127.0.0.1:0")
+        .unwrap()
+        .bind()
+        .await
+        .unwrap();
+    let key = iroh::EndpointId::from_bytes(&a.id().0).unwrap();
+    for alpn in [CONTROL_ALPN, capstan_store::BLOBS_ALPN] {
+        let addrs = a.addrs().into_iter().map(iroh::TransportAddr::Ip);
+        let addr = iroh::EndpointAddr::from_parts(key, addrs);
+        // It may be closed during the handshake already, or right after it.
+        let Ok(connection) = stranger.connect(addr, alpn).await else { continue };
+        if let Ok((mut send, mut recv)) = connection.open_bi().await {
+            let hello = capstan_proto::codec::encode(&Hello::ours("x"), 1024).unwrap();
+            send.write_all(&hello).await.ok();
+            assert!(recv.read_to_end(1024).await.is_err(), "a stranger was answered");
+        }
+        connection.closed().await;
+    }
+    stranger.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_comes_back_to_its_cluster() {
+    let (a, _a) = node("a").await;
+    let (b, dir) = joined(&a, "b").await;
+    let (id, cluster, addrs) = (b.id(), b.cluster(), b.addrs());
+    assert!(matches!(Node::start(config(dir.path(), "b")).await, Err(NodeError::Store(_))), "one daemon a folder");
+    b.stop().await;
+    b.stopped().await;
+    drop(b);
+    until("a notices", || async { names(&a).await == ["a"] }).await;
+    let b = Node::start(config(dir.path(), "b")).await.unwrap();
+    assert_eq!((b.id(), b.cluster(), b.addrs()), (id, cluster, addrs));
+    until("both meet again", || async { names(&a).await.len() == 2 && names(&b).await.len() == 2 }).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_taken_port_is_said() {
+    let (a, _a) = node("a").await;
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = config(dir.path(), "b");
+    config.bind_addr = a.addrs()[0];
+    let error = Node::start(config).await.err().expect("the port is taken");
+    assert!(matches!(error, NodeError::PortTaken { .. }), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn loads_that_cannot_be_are_refused() {
+    let (a, dir) = node("a").await;
+    let path = tiny_model(dir.path());
+    let with = |change: &dyn Fn(&mut LoadRequest)| {
+        let mut r = request(&path);
+        change(&mut r);
+        r
+    };
+    refused(a.load(with(&|r| r.path.push_str(".missing"))).await, 400, "cannot be read");
+    refused(a.load(with(&|r| r.slots = Some(0))).await, 400, "slots");
+    refused(a.load(with(&|r| r.name = Some("\n".into()))).await, 400, "no name");
+    refused(a.load(with(&|r| r.nodes = vec!["zeta".into()])).await, 400, "no node \"zeta\"");
+    let half = LayerRange::new(0, 1).unwrap();
+    refused(a.load(with(&|r| r.layers = vec![("a".into(), half)])).await, 400, "on no node");
+    std::fs::write(dir.path().join("bad.gguf"), b"GGUFxxxx").unwrap();
+    refused(a.load(request(&dir.path().join("bad.gguf"))).await, 400, "bad.gguf");
+
+    let error = a.generate(GenerateRequest::new("x", Prompt::Text("hi".into()))).await.unwrap_err();
+    assert_eq!(error.kind, ErrorKind::ModelNotFound);
+    refused(a.unload("x".into()).await, 404, "no model");
+
+    let small_dir = tempfile::tempdir().unwrap();
+    let mut small = config(small_dir.path(), "small");
+    small.memory_limit_bytes = Some(1 << 20);
+    let small = Node::start(small).await.unwrap();
+    refused(small.load(request(&path)).await, 409, "small lacks");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shard_reaches_its_node_and_a_dead_child_ends_the_load() {
+    let (a, a_dir) = node("a").await;
+    let (_b, b_dir) = joined(&a, "b").await;
+    let path = tiny_model(a_dir.path());
+    let mut r = request(&path);
+    r.nodes = vec!["b".into(), "a".into()];
+    let events = outcome(&a, r.clone()).await;
+    let Some(LoadEvent::Planned { stages, .. }) = events.first() else { panic!("{events:?}") };
+    let Some(LoadEvent::Failed { message }) = events.last() else { panic!("{events:?}") };
+    assert!(message.contains("stage ") && message.contains("exit code 1"), "{message}");
+    assert!(a.status().await.deployments.is_empty());
+    // Nothing that was cut is left behind.
+    assert_eq!(std::fs::read_dir(a_dir.path().join("shards-out")).unwrap().count(), 0);
+
+    // The stage elsewhere may have been stopped before its shard came; alone it must come.
+    let model = capstan_gguf::Model::open(&path).unwrap();
+    r.nodes = vec!["b".into()];
+    let events = outcome(&a, r).await;
+    let Some(LoadEvent::Failed { message }) = events.last() else { panic!("{events:?}") };
+    assert!(message.contains("stage 0 on node b"), "{message}");
+    let whole: Vec<_> = std::fs::read_dir(b_dir.path().join("shards"))
+        .unwrap()
+        .map(|e| e.unwrap().metadata().unwrap().len())
+        .filter(|&len| len == model.bytes())
+        .collect();
+    assert_eq!(whole.len(), 1);
+    assert!(path.exists(), "the model itself is never taken for a shard");
+    assert_eq!(stages.len(), 2);
+}

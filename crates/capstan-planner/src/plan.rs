@@ -1,0 +1,409 @@
+//! Which layers go where, or a sentence that says why nowhere.
+//!
+//! Memory is what decides whether a placement exists; among those that do, the layers lie in proportion to free memory.
+//! For a fixed order of nodes that is exact, by dynamic programming over allowed windows: `best(i, l)` is the cheapest
+//! way to put the first `l` layers on the first `i` nodes. The cost of a stage is need²/free, whose sum is smallest when
+//! need is in proportion to free.
+use std::cell::RefCell;
+use std::collections::HashMap;
+
+use capstan_proto::{LayerRange, NodeId, limits};
+
+use crate::cost::Sizes;
+use crate::human_bytes;
+use crate::placement::{BadPlacement, Placement, StagePlan};
+
+/// Up to this many nodes every order is tried before "it does not fit" is said: 325 orders at most.
+const EXHAUSTIVE_NODES: usize = 5;
+
+/// A node that may hold layers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NodeResources {
+    /// Its key.
+    pub id: NodeId,
+    /// Its name.
+    pub name: String,
+    /// Memory that stages may take, in bytes.
+    pub free_bytes: u64,
+}
+
+/// What the user wants.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PlanOptions {
+    /// Tokens a slot holds.
+    pub ctx: u32,
+    /// Sequences at once.
+    pub slots: u32,
+    /// Most rows of a micro-batch.
+    pub ubatch: u32,
+    /// Use exactly these, in this order; empty leaves the choice to the planner.
+    pub nodes: Vec<NodeId>,
+    /// Use exactly this placement; empty leaves the choice to the planner.
+    pub layers: Vec<(NodeId, LayerRange)>,
+}
+
+/// Everything that decides a placement.
+pub struct PlanInput<'a> {
+    /// Nodes that can be used, the one with the model's file first.
+    pub nodes: Vec<NodeResources>,
+    /// The model.
+    pub sizes: &'a Sizes,
+    /// Why a window may not be a stage; none when it may. The full range always may.
+    pub window_problem: &'a dyn Fn(LayerRange) -> Option<String>,
+    /// Why the model can only run whole; none when it may be split.
+    pub split_problem: Option<String>,
+    /// What the user wants.
+    pub options: PlanOptions,
+}
+
+/// Why there is no placement.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PlanError {
+    /// A node that is not there.
+    #[error("node {0:?} is no member of the cluster or does not answer; `capstan status` shows those that do")]
+    UnknownNode(NodeId),
+    /// A node named twice.
+    #[error("node {0} is named twice; name each node once")]
+    Twice(String),
+    /// The ranges do not make a placement.
+    #[error(transparent)]
+    Layers(#[from] BadPlacement),
+    /// An architecture's rule forbids a window.
+    #[error(
+        "the layers {range} cannot be a stage of their own: {reason}; choose other ranges or leave the choice to capstan"
+    )]
+    Window {
+        /// Which.
+        range: LayerRange,
+        /// The rule.
+        reason: String,
+    },
+    /// The model cannot be split at all.
+    #[error("this model runs only whole, on one node: {0}")]
+    OnlyWhole(String),
+    /// More nodes than layers, or no allowed cut for so many.
+    #[error("the model's {layers} layers cannot be cut into {stages} stages; name fewer nodes")]
+    TooManyStages {
+        /// Layers of the model.
+        layers: u32,
+        /// Stages wanted.
+        stages: usize,
+    },
+    /// Too little memory.
+    #[error(
+        "not enough memory: the model needs {} ({} of weights, {} of KV cache for {slots} slots of {ctx} tokens, {} to \
+         compute); {}; free memory there, use a smaller --ctx or --slots, or add a node",
+        human_bytes(*.need_bytes), human_bytes(*.weights_bytes), human_bytes(*.kv_bytes), human_bytes(*.compute_bytes),
+        shortages(.missing)
+    )]
+    Memory {
+        /// All that is needed.
+        need_bytes: u64,
+        /// Of which weights.
+        weights_bytes: u64,
+        /// Of which KV cache.
+        kv_bytes: u64,
+        /// Of which compute buffers.
+        compute_bytes: u64,
+        /// The context it was reckoned for.
+        ctx: u32,
+        /// The slots it was reckoned for.
+        slots: u32,
+        /// Where how much is missing.
+        missing: Vec<Shortage>,
+    },
+    /// No nodes.
+    #[error("no node is online to hold the model")]
+    NoNodes,
+    /// Not a model.
+    #[error("the model has {0} layers; 1 to {max} can be placed", max = limits::LAYERS_MAX)]
+    NoLayers(u32),
+}
+
+/// A node that has too little memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Shortage {
+    /// Its name.
+    pub node: String,
+    /// What it has free, in bytes.
+    pub free_bytes: u64,
+    /// What it would need more, in bytes.
+    pub missing_bytes: u64,
+}
+
+fn shortages(missing: &[Shortage]) -> String {
+    let one = |s: &Shortage| {
+        format!("{} lacks {} ({} are free)", s.node, human_bytes(s.missing_bytes), human_bytes(s.free_bytes))
+    };
+    missing.iter().map(one).collect::<Vec<_>>().join(", ")
+}
+
+/// Finds a placement.
+///
+/// With `layers` given, that placement or the reason why not; with `nodes` given, exactly these nodes in this order;
+/// else as few nodes as possible, the node with the file among them where that is possible, as the last stage.
+pub fn plan(input: &PlanInput) -> Result<Placement, PlanError> {
+    let n = input.sizes.layers();
+    if n == 0 || n > limits::LAYERS_MAX {
+        return Err(PlanError::NoLayers(n));
+    }
+    let search = Search { input, windows: RefCell::default() };
+    if !input.options.layers.is_empty() {
+        return search.explicit();
+    }
+    if !input.options.nodes.is_empty() {
+        let order = input.options.nodes.iter().map(|&id| search.node(id)).collect::<Result<Vec<_>, _>>()?;
+        for (i, node) in order.iter().enumerate() {
+            if order[..i].contains(node) {
+                return Err(PlanError::Twice(node.name.clone()));
+            }
+        }
+        return search.in_order(&order, "these nodes were asked for, in this order");
+    }
+    search.choose()
+}
+
+struct Search<'a> {
+    input: &'a PlanInput<'a>,
+    /// Whether a window is allowed; asked once each.
+    windows: RefCell<HashMap<LayerRange, bool>>,
+}
+
+impl<'a> Search<'a> {
+    fn node(&self, id: NodeId) -> Result<&'a NodeResources, PlanError> {
+        self.input.nodes.iter().find(|n| n.id == id).ok_or(PlanError::UnknownNode(id))
+    }
+
+    fn whole(&self) -> Result<LayerRange, PlanError> {
+        LayerRange::new(0, self.input.sizes.layers()).map_err(|_| PlanError::NoLayers(0))
+    }
+
+    fn allowed(&self, range: LayerRange) -> bool {
+        if range.count() == self.input.sizes.layers() {
+            return true;
+        }
+        *self
+            .windows
+            .borrow_mut()
+            .entry(range)
+            .or_insert_with(|| self.input.split_problem.is_none() && (self.input.window_problem)(range).is_none())
+    }
+
+    fn need(&self, range: LayerRange) -> u64 {
+        let o = &self.input.options;
+        self.input.sizes.need(range, o.ctx, o.slots, o.ubatch).total()
+    }
+
+    fn stage(&self, node: &NodeResources, layers: LayerRange) -> StagePlan {
+        StagePlan { node: node.id, node_name: node.name.clone(), layers, memory_bytes: self.need(layers) }
+    }
+
+    fn explicit(&self) -> Result<Placement, PlanError> {
+        let wanted = &self.input.options.layers;
+        let mut stages = Vec::new();
+        for &(id, range) in wanted {
+            stages.push(self.stage(self.node(id)?, range));
+        }
+        let why = vec!["the layer ranges were given".to_owned()];
+        let placement = Placement::new(self.input.sizes.layers(), stages, why)?;
+        if placement.stages().len() > 1
+            && let Some(reason) = &self.input.split_problem
+        {
+            return Err(PlanError::OnlyWhole(reason.clone()));
+        }
+        for stage in placement.stages() {
+            if !self.allowed(stage.layers) {
+                let reason = (self.input.window_problem)(stage.layers).unwrap_or_default();
+                return Err(PlanError::Window { range: stage.layers, reason });
+            }
+        }
+        // A node may be named for several ranges: it needs the memory of all.
+        let mut nodes: Vec<(&NodeResources, u64)> = Vec::new();
+        for stage in placement.stages() {
+            match nodes.iter_mut().find(|(n, _)| n.id == stage.node) {
+                Some((_, need)) => *need = need.saturating_add(stage.memory_bytes),
+                None => nodes.push((self.node(stage.node)?, stage.memory_bytes)),
+            }
+        }
+        self.refuse_shortage(&nodes)?;
+        Ok(placement)
+    }
+
+    fn refuse_shortage(&self, needs: &[(&NodeResources, u64)]) -> Result<(), PlanError> {
+        let missing: Vec<_> = needs
+            .iter()
+            .filter(|(node, need)| *need > node.free_bytes)
+            .map(|(node, need)| Shortage {
+                node: node.name.clone(),
+                free_bytes: node.free_bytes,
+                missing_bytes: need - node.free_bytes,
+            })
+            .collect();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let o = &self.input.options;
+        let whole = self.input.sizes.need(self.whole()?, o.ctx, o.slots, o.ubatch);
+        Err(PlanError::Memory {
+            need_bytes: needs.iter().fold(0u64, |sum, (_, need)| sum.saturating_add(*need)),
+            weights_bytes: whole.weights,
+            kv_bytes: whole.kv,
+            compute_bytes: whole.compute.saturating_mul(needs.len() as u64),
+            ctx: o.ctx,
+            slots: o.slots,
+            missing,
+        })
+    }
+
+    fn in_order(&self, order: &[&NodeResources], why: &str) -> Result<Placement, PlanError> {
+        if order.len() > 1
+            && let Some(reason) = &self.input.split_problem
+        {
+            return Err(PlanError::OnlyWhole(reason.clone()));
+        }
+        let fits = |node: &NodeResources, need: u64| {
+            (need <= node.free_bytes).then(|| (need as f64) * (need as f64) / (node.free_bytes.max(1) as f64))
+        };
+        if let Some(ranges) = self.partition(order, &fits) {
+            return self.explained(order, ranges, why);
+        }
+        // Nothing fits: say what is missing where, for the cut that lacks least.
+        let shortage = |node: &NodeResources, need: u64| Some(need.saturating_sub(node.free_bytes) as f64);
+        let too_many = PlanError::TooManyStages { layers: self.input.sizes.layers(), stages: order.len() };
+        let ranges = self.partition(order, &shortage).ok_or(too_many.clone())?;
+        let needs: Vec<_> = order.iter().zip(ranges).map(|(&n, r)| (n, self.need(r))).collect();
+        self.refuse_shortage(&needs)?;
+        // Unreachable in exact arithmetic; a shortage of less than a float can tell still must not become a placement.
+        Err(too_many)
+    }
+
+    /// The cheapest cut into one window a node, in order; none when every cut has a stage that `cost` refuses.
+    fn partition(
+        &self,
+        order: &[&NodeResources],
+        cost: &dyn Fn(&NodeResources, u64) -> Option<f64>,
+    ) -> Option<Vec<LayerRange>> {
+        let n = self.input.sizes.layers() as usize;
+        // best[l]: cost of the first l layers on the nodes so far; cut[i][l]: where node i's window begins then.
+        let mut best = vec![f64::INFINITY; n + 1];
+        best[0] = 0.0;
+        let mut cut = Vec::with_capacity(order.len());
+        for (i, node) in order.iter().enumerate() {
+            let (mut next, mut from) = (vec![f64::INFINITY; n + 1], vec![0usize; n + 1]);
+            // The last node takes all that is left; the others leave at least a layer for each node after them.
+            let after = order.len() - 1 - i;
+            let ends = if after == 0 { n..=n } else { i + 1..=n.saturating_sub(after) };
+            for end in ends {
+                for start in i..end {
+                    if best[start].is_infinite() {
+                        continue;
+                    }
+                    let Ok(range) = LayerRange::new(start as u32, end as u32) else { continue };
+                    if !self.allowed(range) {
+                        continue;
+                    }
+                    let Some(stage) = cost(node, self.need(range)) else { continue };
+                    if best[start] + stage < next[end] {
+                        next[end] = best[start] + stage;
+                        from[end] = start;
+                    }
+                }
+            }
+            cut.push(from);
+            best = next;
+        }
+        if best[n].is_infinite() {
+            return None;
+        }
+        let (mut ranges, mut end) = (Vec::with_capacity(order.len()), n);
+        for from in cut.iter().rev() {
+            ranges.push(LayerRange::new(from[end] as u32, end as u32).ok()?);
+            end = from[end];
+        }
+        ranges.reverse();
+        Some(ranges)
+    }
+
+    fn explained(&self, order: &[&NodeResources], ranges: Vec<LayerRange>, why: &str) -> Result<Placement, PlanError> {
+        let stages: Vec<_> = order.iter().zip(ranges).map(|(node, range)| self.stage(node, range)).collect();
+        let mut lines = vec![why.to_owned()];
+        if let (Some(reason), 1) = (&self.input.split_problem, stages.len()) {
+            lines.push(format!("it runs whole: {reason}"));
+        }
+        if stages.len() > 1 {
+            lines.push("layers lie in proportion to free memory".to_owned());
+        }
+        lines.extend(stages.iter().zip(order).enumerate().map(|(i, (stage, node))| {
+            format!(
+                "stage {i}: layers {} on {}, {} of {} free",
+                stage.layers,
+                stage.node_name,
+                human_bytes(stage.memory_bytes),
+                human_bytes(node.free_bytes)
+            )
+        }));
+        Ok(Placement::new(self.input.sizes.layers(), stages, lines)?)
+    }
+
+    fn choose(&self) -> Result<Placement, PlanError> {
+        let (asked, others) = self.input.nodes.split_first().ok_or(PlanError::NoNodes)?;
+        let mut others: Vec<_> = others.iter().collect();
+        others.sort_by_key(|n| (std::cmp::Reverse(n.free_bytes), n.id));
+        if let Ok(placement) = self.in_order(&[asked], "the model fits on the node that has its file") {
+            return Ok(placement);
+        }
+        // The full range is always allowed, so one node fails for want of memory only.
+        for &node in &others {
+            let why = format!("the model does not fit on {}, but on {}", asked.name, node.name);
+            if let Ok(placement) = self.in_order(&[node], &why) {
+                return Ok(placement);
+            }
+        }
+        let all = self.input.nodes.len();
+        if self.input.split_problem.is_some() {
+            let largest = others.first().filter(|n| n.free_bytes > asked.free_bytes).copied().unwrap_or(asked);
+            return self.in_order(&[largest], "");
+        }
+        let most = all.min(self.input.sizes.layers() as usize);
+        for k in 2..=most {
+            let why = format!("the model needs {k} nodes");
+            let mut order: Vec<_> = others[..k - 1].to_vec();
+            order.push(asked);
+            if let Ok(placement) = self.in_order(&order, &why) {
+                return Ok(placement);
+            }
+            if k < all
+                && let Ok(placement) = self.in_order(&others[..k], &why)
+            {
+                return Ok(placement);
+            }
+            if all <= EXHAUSTIVE_NODES
+                && let Some(placement) = self.any_order(k, &mut Vec::new(), &why)
+            {
+                return Ok(placement);
+            }
+        }
+        let mut order: Vec<_> = others[..most - 1].to_vec();
+        order.push(asked);
+        self.in_order(&order, "")
+    }
+
+    /// The first order of `k` nodes that fits, among all.
+    fn any_order(&self, k: usize, order: &mut Vec<&'a NodeResources>, why: &str) -> Option<Placement> {
+        if order.len() == k {
+            return self.in_order(order, why).ok();
+        }
+        for node in &self.input.nodes {
+            if order.contains(&node) {
+                continue;
+            }
+            order.push(node);
+            let found = self.any_order(k, order, why);
+            order.pop();
+            if found.is_some() {
+                return found;
+            }
+        }
+        None
+    }
+}

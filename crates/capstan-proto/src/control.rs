@@ -1,0 +1,426 @@
+//! One node's daemon and another's: one bidirectional QUIC stream a request, over a connection whose keys are proved.
+//!
+//! The order on a connection: the side that dials opens a stream and sends its [`Hello`], the other answers with its
+//! own; both compute the version they share or part with a sentence. Then every further stream begins with one
+//! [`Request`] frame. A stage is a **session**: the stream that asks for it stays open, carries [`StageCommand`]s one way
+//! and [`StageEvent`]s the other, and the stage lives as long as the stream does, so that a coordinator that vanishes
+//! leaves no process behind on other machines.
+use std::net::SocketAddr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::child::{ChildStats, PeerAddr, StageInfo, StageSpec, Wiring};
+use crate::generate::{GenerateRequest, RequestError};
+use crate::manage::{DeploymentStatus, NodeStatus};
+use crate::{ClusterId, DeploymentId, Epoch, NodeId, limits};
+
+/// ALPN between members of a cluster.
+pub const CONTROL_ALPN: &[u8] = b"capstan/control/1";
+/// ALPN by which a node that holds a ticket asks to become a member.
+pub const JOIN_ALPN: &[u8] = b"capstan/join/1";
+/// Oldest control protocol that this build speaks.
+pub const CONTROL_VERSION_MIN: u32 = 1;
+/// Newest control protocol that this build speaks.
+pub const CONTROL_VERSION_MAX: u32 = 1;
+/// Largest [`Hello`] frame: it is read before anything is known of the other side.
+pub const HELLO_BYTES_MAX: usize = 1024;
+/// Largest request to join: it is read from a stranger. [`ADDRS_MAX`] addresses take less than a tenth of it.
+pub const JOIN_REQUEST_BYTES_MAX: usize = 16 << 10;
+/// Largest answer to a request to join: [`ENTRIES_MAX`] members of about 1 KiB each.
+pub const JOIN_BYTES_MAX: usize = 2 << 20;
+/// Most entries of a member list, those who left included: a small cluster's whole life.
+pub const ENTRIES_MAX: usize = 4 * limits::MEMBERS_MAX;
+/// Most addresses of a node: a few interfaces, each with IPv4 and IPv6.
+pub const ADDRS_MAX: usize = 32;
+/// Most deployments that one node coordinates.
+pub const DEPLOYMENTS_MAX: usize = 64;
+/// Longest sentence that a peer may send, in bytes.
+pub const REASON_BYTES_MAX: usize = 4096;
+/// Close code of a connection that its key does not entitle to.
+pub const CLOSE_NOT_A_MEMBER: u32 = 403;
+/// Close code of a connection whose sides share no version, or that broke the protocol.
+pub const CLOSE_PROTOCOL: u32 = 400;
+
+/// The first frame on a connection, in both directions. Its layout never changes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    /// Oldest version spoken.
+    pub min: u32,
+    /// Newest version spoken.
+    pub max: u32,
+    /// Version of capstan, for people.
+    pub build: String,
+}
+
+/// Two builds that share no version.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "this node runs capstan {ours} (control protocol {ours_min} to {ours_max}) and the other capstan {theirs} \
+     (control protocol {theirs_min} to {theirs_max}), which have none in common; upgrade capstan on {older} node"
+)]
+pub struct VersionMismatch {
+    /// Our build.
+    pub ours: String,
+    /// Our oldest version.
+    pub ours_min: u32,
+    /// Our newest version.
+    pub ours_max: u32,
+    /// Their build.
+    pub theirs: String,
+    /// Their oldest version.
+    pub theirs_min: u32,
+    /// Their newest version.
+    pub theirs_max: u32,
+    /// `this` or `the other`: which node to upgrade.
+    pub older: &'static str,
+}
+
+impl Hello {
+    /// What this build says.
+    pub fn ours(build: impl Into<String>) -> Self {
+        Self { min: CONTROL_VERSION_MIN, max: CONTROL_VERSION_MAX, build: build.into() }
+    }
+
+    /// The newest version that both sides speak.
+    pub fn agree(&self, theirs: &Hello) -> Result<u32, VersionMismatch> {
+        let version = self.max.min(theirs.max);
+        if version >= self.min.max(theirs.min) {
+            return Ok(version);
+        }
+        Err(VersionMismatch {
+            ours: self.build.clone(),
+            ours_min: self.min,
+            ours_max: self.max,
+            theirs: theirs.build.chars().take(64).collect(),
+            theirs_min: theirs.min,
+            theirs_max: theirs.max,
+            older: if self.max < theirs.max { "this" } else { "the other" },
+        })
+    }
+}
+
+/// A message that breaks one of this module's bounds.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a message from another node breaks a limit ({0}); it was refused")]
+pub struct OutOfBounds(pub &'static str);
+
+/// Whether an entry of the member list counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MemberState {
+    /// A member.
+    Active,
+    /// It left; the entry stays so that an older one cannot bring it back.
+    Left,
+}
+
+/// One entry of the member list. Of two entries for one node the one with the higher stamp counts.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Member {
+    /// Its key.
+    pub id: NodeId,
+    /// Its name, unique among active members.
+    pub name: String,
+    /// Where it is dialled.
+    pub addrs: Vec<SocketAddr>,
+    /// Version of capstan it runs.
+    pub version: String,
+    /// Whether it counts.
+    pub state: MemberState,
+    /// Grows with every change; milliseconds since 1970 when it was made, or one more than the last.
+    pub stamp: u64,
+}
+
+impl Member {
+    /// Refuses what exceeds a bound.
+    pub fn check(&self) -> Result<(), OutOfBounds> {
+        if self.name.is_empty() || self.name.len() > limits::NAME_BYTES_MAX {
+            return Err(OutOfBounds("the length of a node's name"));
+        }
+        if self.addrs.len() > ADDRS_MAX {
+            return Err(OutOfBounds("the number of a node's addresses"));
+        }
+        if self.version.len() > limits::NAME_BYTES_MAX {
+            return Err(OutOfBounds("the length of a version"));
+        }
+        Ok(())
+    }
+}
+
+/// All that one node coordinates. A newer list replaces an older one whole.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeploymentList {
+    /// The node that coordinates them.
+    pub coordinator: NodeId,
+    /// Grows with every change.
+    pub stamp: u64,
+    /// Its deployments.
+    pub deployments: Vec<DeploymentStatus>,
+}
+
+impl DeploymentList {
+    /// Refuses what exceeds a bound.
+    pub fn check(&self) -> Result<(), OutOfBounds> {
+        if self.deployments.len() > DEPLOYMENTS_MAX {
+            return Err(OutOfBounds("the number of deployments"));
+        }
+        for d in &self.deployments {
+            if d.stages.is_empty() || d.stages.len() > limits::LAYERS_MAX as usize {
+                return Err(OutOfBounds("the number of stages"));
+            }
+            if d.name.len() > limits::NAME_BYTES_MAX || d.detail.len() > REASON_BYTES_MAX {
+                return Err(OutOfBounds("the length of a text"));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What a node tells another about once a second, and asks for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Gossip {
+    /// The cluster meant.
+    pub cluster: ClusterId,
+    /// All entries of the member list.
+    pub members: Vec<Member>,
+    /// How the sender is.
+    pub node: NodeStatus,
+    /// What the sender coordinates.
+    pub deployments: DeploymentList,
+}
+
+impl Gossip {
+    /// Refuses what exceeds a bound.
+    pub fn check(&self) -> Result<(), OutOfBounds> {
+        if self.members.len() > ENTRIES_MAX {
+            return Err(OutOfBounds("the number of members"));
+        }
+        self.members.iter().try_for_each(Member::check)?;
+        if self.node.devices.len() > 64 || self.node.addrs.len() > ADDRS_MAX {
+            return Err(OutOfBounds("the number of devices"));
+        }
+        self.deployments.check()
+    }
+}
+
+/// A shard by its content.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct ShardRef {
+    /// BLAKE3 of the file.
+    pub hash: [u8; 32],
+    /// Its length in bytes.
+    pub bytes: u64,
+}
+
+/// A stage that the coordinator wants here.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StageOrder {
+    /// What to load. Its path is ignored: the node puts the place of its own copy there, and its own thread and
+    /// device settings and address.
+    pub spec: StageSpec,
+    /// The shard, where the coordinator knows its hash without cutting it again.
+    pub shard: Option<ShardRef>,
+    /// Memory that the placement counts on, in bytes; the node refuses when it has less.
+    pub memory_bytes: u64,
+}
+
+/// Coordinator to a stage's node, on the stage's stream.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum StageCommand {
+    /// The shard that [`StageEvent::NeedShard`] asked for is offered by the coordinator: fetch it.
+    Fetch(ShardRef),
+    /// Take this place in the ring.
+    Connect(Wiring),
+    /// Driver only: the pipeline is broken; end every request in flight with this sentence.
+    Abort {
+        /// For people.
+        reason: String,
+    },
+    /// End the stage.
+    Stop,
+}
+
+/// A stage's node to the coordinator, on the stage's stream.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum StageEvent {
+    /// The node has no copy of the shard.
+    NeedShard,
+    /// The shard is on its way.
+    Fetching {
+        /// Bytes here and verified.
+        done_bytes: u64,
+        /// Bytes in all.
+        total_bytes: u64,
+    },
+    /// The shard is here and verified.
+    Fetched,
+    /// The child reads its weights.
+    Loading {
+        /// 0 to 1000.
+        permille: u16,
+    },
+    /// The child is ready to be wired.
+    Loaded {
+        /// Where it listens.
+        addr: PeerAddr,
+        /// What it measures.
+        info: StageInfo,
+    },
+    /// Both links of this epoch stand.
+    Connected {
+        /// Which.
+        epoch: Epoch,
+    },
+    /// The epoch cannot go on, the child lives.
+    Lost {
+        /// Which.
+        epoch: Epoch,
+        /// For people.
+        reason: String,
+    },
+    /// Counters of the child.
+    Stats(ChildStats),
+    /// The stage is no more; the last event.
+    Ended {
+        /// For people: completes "stage 1 on node beta …".
+        reason: String,
+    },
+}
+
+/// What a member asks of another; the first frame of a stream.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Request {
+    /// Here is what I know; tell me what you know. Answered by one [`Gossip`].
+    Poll(Box<Gossip>),
+    /// Run this stage. Answered by [`StageEvent`]s; [`StageCommand`]s follow.
+    Stage(Box<StageOrder>),
+    /// Answer this request: the driver is on your side. Answered by one [`GenerateReply`], then by
+    /// [`GenerateEvent`](crate::generate::GenerateEvent)s.
+    /// Resetting the stream cancels it.
+    Generate {
+        /// The deployment.
+        deployment: DeploymentId,
+        /// What is asked.
+        body: Box<GenerateRequest>,
+    },
+    /// What I coordinate has changed. Answered by [`Done`].
+    Update(Box<DeploymentList>),
+    /// I leave. Answered by [`Done`].
+    Leave(Box<Member>),
+    /// Stop serving a model that you coordinate. Answered by [`UnloadReply`].
+    Unload {
+        /// The deployment.
+        deployment: DeploymentId,
+    },
+}
+
+/// The answer to a request that asks for nothing back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Done;
+
+/// How an unload went: none, or a sentence that says why not.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UnloadReply(pub Option<String>);
+
+/// Whether a request was taken.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum GenerateReply {
+    /// Events follow.
+    Accepted,
+    /// It was refused; nothing follows.
+    Refused(RequestError),
+}
+
+/// What a node with a ticket asks, after the [`Hello`]s, on [`JOIN_ALPN`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Join {
+    /// The cluster that the ticket names.
+    pub cluster: ClusterId,
+    /// The ticket's one-time secret.
+    pub secret: [u8; 16],
+    /// The name it would like.
+    pub name: String,
+    /// Where it is dialled.
+    pub addrs: Vec<SocketAddr>,
+    /// Version of capstan it runs.
+    pub version: String,
+}
+
+impl Join {
+    /// Refuses what exceeds a bound.
+    pub fn check(&self) -> Result<(), OutOfBounds> {
+        if self.name.is_empty() || self.name.len() > limits::NAME_BYTES_MAX / 2 {
+            return Err(OutOfBounds("the length of a node's name"));
+        }
+        if self.addrs.is_empty() || self.addrs.len() > ADDRS_MAX || self.version.len() > limits::NAME_BYTES_MAX {
+            return Err(OutOfBounds("the number of a node's addresses"));
+        }
+        Ok(())
+    }
+}
+
+/// The answer to a [`Join`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum JoinReply {
+    /// It is a member now.
+    Welcome {
+        /// The cluster.
+        cluster: ClusterId,
+        /// All entries, the new one included.
+        members: Vec<Member>,
+    },
+    /// It is not.
+    Refused {
+        /// HTTP status that says what kind of error.
+        status: u16,
+        /// For people.
+        message: String,
+    },
+}
+
+/// A sentence cut to what a message may carry.
+pub fn clip(mut reason: String) -> String {
+    if reason.len() > REASON_BYTES_MAX {
+        let end = (0..=REASON_BYTES_MAX).rev().find(|&i| reason.is_char_boundary(i)).unwrap_or(0);
+        reason.truncate(end);
+    }
+    reason
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_newest_common_version_or_a_sentence() {
+        let hello = |min, max| Hello { min, max, build: format!("0.{max}") };
+        assert_eq!(hello(1, 3).agree(&hello(2, 5)), Ok(3));
+        assert_eq!(hello(2, 5).agree(&hello(1, 3)), Ok(3));
+        let old = hello(1, 1).agree(&hello(2, 3)).unwrap_err();
+        assert!(old.to_string().ends_with("upgrade capstan on this node"), "{old}");
+        assert_eq!(hello(2, 3).agree(&hello(1, 1)).unwrap_err().older, "the other");
+    }
+
+    #[test]
+    fn bounds_are_checked() {
+        let member = |name: &str, addrs: usize| Member {
+            id: NodeId([1; 32]),
+            name: name.into(),
+            addrs: vec![([127, 0, 0, 1], 1).into(); addrs],
+            version: "1".into(),
+            state: MemberState::Active,
+            stamp: 1,
+        };
+        assert!(member("a", 1).check().is_ok());
+        assert!(member("", 1).check().is_err());
+        assert!(member("a", ADDRS_MAX + 1).check().is_err());
+        assert!(member(&"x".repeat(limits::NAME_BYTES_MAX + 1), 1).check().is_err());
+    }
+
+    #[test]
+    fn a_long_sentence_is_cut_between_characters() {
+        let cut = clip("é".repeat(REASON_BYTES_MAX));
+        assert!(cut.len() <= REASON_BYTES_MAX && cut.chars().all(|c| c == 'é'));
+        assert_eq!(clip("short".into()), "short");
+    }
+}

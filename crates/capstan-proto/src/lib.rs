@@ -1,0 +1,29 @@
+//! Every message that crosses a process or a machine border, its codec, its limits and its version.
+//!
+//! Pure: no sockets, no clock, no tokio. A map:
+//!
+//! | module | idea |
+//! |---|---|
+//! | [`ids`] | names of nodes, clusters, requests, epochs |
+//! | [`layers`] | a layer range that cannot be empty |
+//! | [`limits`] | every bound, with its reason |
+//! | [`codec`] | length-prefixed postcard frames, checked before allocation |
+//! | [`data`] | micro-batches between stages |
+//! | [`child`] | the daemon and its compute child |
+//! | [`control`] | one node's daemon and another's |
+//! | [`generate`] | a request for tokens and the events it brings |
+//! | [`manage`] | load, status, tickets: what the command line and the daemon exchange |
+#![forbid(unsafe_code)]
+
+pub mod child;
+pub mod codec;
+pub mod control;
+pub mod data;
+pub mod generate;
+pub mod ids;
+pub mod layers;
+pub mod limits;
+pub mod manage;
+
+pub use ids::{ClusterId, DeploymentId, Epoch, NodeId, RequestId};
+pub use layers::LayerRange;

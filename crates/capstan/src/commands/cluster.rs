@@ -1,0 +1,241 @@
+//! `capstan join`, `status`, `ticket` and `leave`: this node and the others.
+use std::process::ExitCode;
+
+use anyhow::{Result, bail};
+use capstan_proto::manage::{ClusterStatus, DeploymentStatus, DeviceStatus, Health, NodeStatus};
+use clap::Args;
+use serde_json::json;
+
+use crate::cli::NodeFlags;
+use crate::client::Client;
+use crate::commands::lifecycle;
+use crate::config::Config;
+use crate::view::{self, Table};
+
+/// Shown by `capstan join --help`.
+pub const JOIN_EXAMPLES: &str = "\
+`capstan up` on the first machine prints the whole line to run.
+
+Examples:
+  capstan join TICKET
+  capstan join TICKET --name beta --memory-limit 96GiB";
+
+/// Shown by `capstan status --help`.
+pub const STATUS_EXAMPLES: &str = "\
+Examples:
+  capstan status
+  capstan status --json | jq '.deployments[].stages[] | {node_name, layers, pid}'";
+
+/// Shown by `capstan ticket --help`.
+pub const TICKET_EXAMPLES: &str = "\
+Who has the ticket may join the cluster, so treat it like a password.
+
+Examples:
+  capstan ticket                         for one machine, within an hour
+  capstan ticket --reusable --ttl 1d     for any number of machines, within a day";
+
+/// Shown by `capstan leave --help`.
+pub const LEAVE_EXAMPLES: &str = "\
+Models that have a stage on this node stop answering until they are loaded again without it.
+
+Examples:
+  capstan leave";
+
+/// Longest life of a ticket, in seconds: 30 days. A longer one is a password that nobody remembers having given away.
+const TTL_MAX_S: u64 = 30 * 86_400;
+
+/// Arguments of `capstan join`.
+#[derive(Args, Debug)]
+pub struct JoinArgs {
+    /// The ticket that `capstan up` or `capstan ticket` printed on a member
+    pub ticket: String,
+    /// Settings of the daemon.
+    #[command(flatten)]
+    pub node: NodeFlags,
+}
+
+/// Arguments of `capstan ticket`.
+#[derive(Args, Debug)]
+pub struct TicketArgs {
+    /// How long it is good, such as 90s, 15m, 1h or 2d
+    #[arg(long, value_name = "TIME", default_value = "1h", value_parser = parse_ttl)]
+    pub ttl: u64,
+    /// Let any number of machines use it
+    #[arg(long)]
+    pub reusable: bool,
+}
+
+/// Joins a cluster, starting the daemon if it is not running.
+pub async fn join(config: &Config, args: &JoinArgs, json: bool) -> Result<ExitCode> {
+    // Copied from a terminal, a ticket may come with line breaks in it.
+    let ticket: String = args.ticket.split_whitespace().collect();
+    if ticket.is_empty() {
+        bail!("the ticket is empty; run the line that `capstan up` or `capstan ticket` printed on a member");
+    }
+    let (client, _) = lifecycle::ensure_up(config).await?;
+    let status = client.join(&ticket).await?;
+    if json {
+        view::print_json(&status)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let name = status.nodes.iter().find(|n| n.is_self).map_or(config.name.value.as_str(), |n| &n.name);
+    let (name, cluster) = (view::plain(name), status.cluster.short());
+    view::print_line(format!("joined cluster {cluster} as {name}; API {}\n", client.openai_url()))?;
+    view::print_line(describe(&status))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Shows the cluster as this node sees it.
+pub async fn status(config: &Config, json: bool) -> Result<ExitCode> {
+    let client = Client::find(&config.data_dir.value)?;
+    let status = client.status().await?;
+    if json {
+        view::print_json(&status)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    view::print_line(format!("Cluster {}, API {}\n", status.cluster.short(), client.openai_url()))?;
+    view::print_line(describe(&status))?;
+    let running = &client.daemon().version;
+    if running != env!("CARGO_PKG_VERSION") {
+        let ours = env!("CARGO_PKG_VERSION");
+        eprintln!(
+            "note: the daemon runs version {running}, this command is {ours}; `capstan stop` and `capstan up` renew it"
+        );
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Makes another ticket.
+pub async fn ticket(config: &Config, args: &TicketArgs, json: bool) -> Result<ExitCode> {
+    let reply = Client::find(&config.data_dir.value)?.ticket(args.ttl, args.reusable).await?;
+    if json {
+        view::print_json(&reply)?
+    } else {
+        lifecycle::print_join_line(&reply, args.ttl)?
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Leaves the cluster.
+pub async fn leave(config: &Config, json: bool) -> Result<ExitCode> {
+    let client = Client::find(&config.data_dir.value)?;
+    client.leave().await?;
+    if json {
+        view::print_json(&json!({ "left": true }))?;
+    } else {
+        view::print_line("left the cluster; this node is alone in a new one. `capstan stop` ends its daemon")?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Nodes, deployments and stages as tables.
+pub fn describe(status: &ClusterStatus) -> String {
+    let mut parts = vec![nodes(&status.nodes)];
+    if status.deployments.is_empty() {
+        parts.push("No model is loaded; `capstan load MODEL.gguf` loads one.".into());
+    } else {
+        parts.push(deployments(&status.deployments));
+        parts.extend(status.deployments.iter().map(stages));
+        let troubles = status.deployments.iter().filter(|d| !d.detail.is_empty());
+        let lines: Vec<_> = troubles.map(|d| view::plain(&format!("{}: {}", d.name, d.detail))).collect();
+        if !lines.is_empty() {
+            parts.push(lines.join("\n"));
+        }
+    }
+    parts.join("\n\n")
+}
+
+fn nodes(nodes: &[NodeStatus]) -> String {
+    let mut table = Table::new(&["NODE", "STATE", "RTT", "FREE", "MEMORY", "DEVICES"], &[2, 3, 4]);
+    for n in nodes {
+        let name = if n.is_self { format!("{} (this node)", n.name) } else { n.name.clone() };
+        table.row(vec![
+            name,
+            if n.online { "online".into() } else { "offline".into() },
+            n.rtt_us.map_or("–".into(), view::micros),
+            view::bytes(n.memory_free_bytes),
+            view::bytes(n.memory_total_bytes),
+            n.devices.iter().map(device).collect::<Vec<_>>().join(", "),
+        ]);
+    }
+    table.render("")
+}
+
+fn device(d: &DeviceStatus) -> String {
+    let what = if d.description.is_empty() { &d.name } else { &d.description };
+    let own = if d.kind == "cpu" { String::new() } else { format!(", {} free", view::bytes(d.memory_free_bytes)) };
+    format!("{} ({}{own})", what.trim(), d.kind)
+}
+
+fn deployments(deployments: &[DeploymentStatus]) -> String {
+    let mut table = Table::new(&["MODEL", "HEALTH", "LAYERS", "CTX", "SLOTS", "EPOCH", "ARCHITECTURE"], &[2, 3, 4, 5]);
+    for d in deployments {
+        table.row(vec![
+            d.name.clone(),
+            health(d.health).into(),
+            d.layers.to_string(),
+            d.ctx.to_string(),
+            d.slots.to_string(),
+            d.epoch.to_string(),
+            d.architecture.clone(),
+        ]);
+    }
+    table.render("")
+}
+
+/// One deployment's stages as a table.
+pub fn stages(d: &DeploymentStatus) -> String {
+    let heading = ["STAGE", "NODE", "LAYERS", "SHARD", "MEMORY", "PID", "HEALTH"];
+    let mut table = Table::new(&heading, &[0, 3, 4, 5]);
+    for s in &d.stages {
+        table.row(vec![
+            s.stage.to_string(),
+            s.node_name.clone(),
+            s.layers.to_string(),
+            view::bytes(s.shard_bytes),
+            view::bytes(s.memory_bytes),
+            s.pid.map_or("–".into(), |pid| pid.to_string()),
+            health(s.health).into(),
+        ]);
+    }
+    let title = if d.stages.len() == 1 { "stage" } else { "stages" };
+    format!("{} {title} of {}\n{}", d.stages.len(), view::plain(&d.name), table.render("  "))
+}
+
+/// A health in a word.
+pub fn health(health: Health) -> &'static str {
+    match health {
+        Health::Loading => "loading",
+        Health::Ready => "ready",
+        Health::Recovering => "recovering",
+        Health::Failed => "failed",
+    }
+}
+
+fn parse_ttl(text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit = match &text[digits.len()..] {
+        "" | "s" => 1,
+        "m" => 60,
+        "h" => 3600,
+        "d" => 86_400,
+        _ => 0,
+    };
+    match digits.parse::<u64>().ok().and_then(|n| n.checked_mul(unit)) {
+        Some(s) if (1..=TTL_MAX_S).contains(&s) => Ok(s),
+        _ => Err(format!("write a number with s, m, h or d, at most {}", view::seconds(TTL_MAX_S))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_life_of_a_ticket_has_units_and_a_bound() {
+        assert_eq!((parse_ttl("90"), parse_ttl("15m"), parse_ttl("2d")), (Ok(90), Ok(900), Ok(172_800)));
+        for bad in ["", "0", "h", "1w", "31d", "-1h", "99999999999999999999d", "1é"] {
+            assert!(parse_ttl(bad).is_err(), "{bad}");
+        }
+    }
+}

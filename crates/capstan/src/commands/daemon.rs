@@ -1,0 +1,119 @@
+//! The daemon's process: a node, its API, `daemon.json`, and an orderly end.
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, anyhow, bail};
+use capstan_node::{Node, NodeConfig, Service};
+use tokio::net::TcpListener;
+use tokio::sync::oneshot;
+
+use crate::config::{Config, Source};
+use crate::daemon_file::{DaemonFile, Lock};
+
+/// Bytes of the management token: as hard to guess as a key.
+const TOKEN_BYTES: usize = 32;
+
+/// Runs the daemon until it is stopped. `ready` is told once it answers.
+pub async fn run(config: &Config, ready: Option<oneshot::Sender<()>>) -> Result<ExitCode> {
+    let data_dir = &config.data_dir.value;
+    crate::os::create_private_dir(data_dir).with_context(|| {
+        format!("the data folder {} cannot be made; choose another with --data-dir", data_dir.display())
+    })?;
+    let Some(_only_one) = Lock::Daemon.try_take(data_dir).context("the data folder cannot be locked")? else {
+        bail!("a daemon is running in {} already; `capstan status` shows it", data_dir.display());
+    };
+
+    // The cheap thing that fails most often comes first.
+    let listener = bind_api(config.api_addr.value).await?;
+    let api = dialled(listener.local_addr()?);
+    let node = Node::start(node_config(config)?).await?;
+    let token = hex::encode(rand::random::<[u8; TOKEN_BYTES]>());
+    let options = capstan_api::ApiOptions::new(token.clone(), config.api_addr.value.ip());
+    let service: Arc<dyn Service> = node.clone();
+    let router = capstan_api::router(service, options);
+
+    let (finish, finished) = oneshot::channel::<()>();
+    let mut serving = tokio::spawn(capstan_api::serve(listener, router, async {
+        // Either way of ending, by message or by a dropped sender, means the same.
+        finished.await.ok();
+    }));
+    let file = DaemonFile { pid: std::process::id(), api, token, version: env!("CARGO_PKG_VERSION").into() };
+    file.write(data_dir).with_context(|| format!("{} cannot be written to", data_dir.display()))?;
+    tracing::info!(name = node.name(), %api, pid = file.pid, "the daemon is up");
+    if !config.api_addr.value.ip().is_loopback() {
+        tracing::warn!("the API listens on {}: whoever reaches it may use the models", config.api_addr.value);
+    }
+    if let Some(ready) = ready {
+        ready.send(()).ok();
+    }
+
+    let outcome = tokio::select! {
+        signal = crate::os::shutdown_signal() => {
+            tracing::info!("{} came: stopping", signal?);
+            node.stop().await;
+            Ok(())
+        }
+        () = node.stopped() => Ok(()),
+        served = &mut serving => {
+            node.stop().await;
+            let why = flatten(served).err().unwrap_or_else(|| anyhow!("nothing told it to"));
+            Err(why.context("the API ended unexpectedly"))
+        }
+    };
+    drop(finish);
+    let outcome = match outcome {
+        // Answers in flight get a bounded grace; then their connections are closed.
+        Ok(()) => flatten(serving.await).context("the API did not end in order"),
+        Err(e) => Err(e),
+    };
+    if let Err(e) = file.remove(data_dir) {
+        tracing::warn!("daemon.json could not be removed: {e}");
+    }
+    tracing::info!("the daemon has stopped");
+    outcome.map(|()| ExitCode::SUCCESS)
+}
+
+fn flatten(served: Result<std::io::Result<()>, tokio::task::JoinError>) -> Result<()> {
+    Ok(served??)
+}
+
+fn node_config(config: &Config) -> Result<NodeConfig> {
+    let exe = std::env::current_exe().context("the path of this program is unknown, so no stage can be started")?;
+    let level = format!("--log-level={}", config.log_level.value);
+    let format = format!("--log-format={}", config.log_format.value);
+    let command = [exe.into_os_string(), "compute".into(), level.into(), format.into()];
+    Ok(NodeConfig {
+        data_dir: config.data_dir.value.clone(),
+        // Unless it was chosen, a node keeps the name it had: another node may have had the host's.
+        name: (config.name.source != Source::Default).then(|| config.name.value.clone()),
+        bind_addr: config.bind_addr.value,
+        threads: config.threads.value.0,
+        memory_limit_bytes: config.memory_limit.value.0,
+        gpu_layers: config.gpu_layers.value,
+        compute_command: command.to_vec(),
+    })
+}
+
+async fn bind_api(addr: SocketAddr) -> Result<TcpListener> {
+    let other = "choose another with --api-addr IP:PORT, CAPSTAN_API_ADDR or api_addr in the config file \
+                 (port 0 lets the system choose)";
+    TcpListener::bind(addr).await.map_err(|e| match e.kind() {
+        std::io::ErrorKind::AddrInUse => {
+            anyhow!("port {} on {} is taken by another program; {other}", addr.port(), addr.ip())
+        }
+        std::io::ErrorKind::AddrNotAvailable => anyhow!("{} is no address of this machine; {other}", addr.ip()),
+        std::io::ErrorKind::PermissionDenied => anyhow!("port {} may not be opened by this user; {other}", addr.port()),
+        _ => anyhow!("the API cannot listen on {addr} ({e}); {other}"),
+    })
+}
+
+/// The address at which a command on this machine reaches the listener: "every interface" cannot be dialled.
+fn dialled(local: SocketAddr) -> SocketAddr {
+    let ip = match local.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
+        ip => ip,
+    };
+    SocketAddr::new(ip, local.port())
+}

@@ -1,0 +1,166 @@
+//! `capstan load` and `capstan unload`: which models are served, and where.
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::{Result, bail};
+use capstan_proto::LayerRange;
+use capstan_proto::manage::{DeploymentStatus, LoadEvent, LoadRequest};
+use clap::Args;
+use serde_json::json;
+
+use crate::cli::ModelFlags;
+use crate::client::Client;
+use crate::commands::{INTERRUPTED, cluster};
+use crate::config::Config;
+use crate::progress::Progress;
+use crate::view;
+
+/// Shown by `capstan load --help`.
+pub const LOAD_EXAMPLES: &str = "\
+The file is on this machine; the other nodes fetch their parts from it. Of a split model name the first file.
+
+Examples:
+  capstan load model.gguf
+  capstan load model-00001-of-00008.gguf --name kimi --ctx 32768 --slots 2
+  capstan load model.gguf --nodes alpha,beta,gamma
+  capstan load model.gguf --layers alpha=0..10,beta=10..30";
+
+/// Shown by `capstan unload --help`.
+pub const UNLOAD_EXAMPLES: &str = "\
+Examples:
+  capstan unload kimi";
+
+/// Arguments of `capstan load`.
+#[derive(Args, Debug)]
+pub struct LoadArgs {
+    /// The GGUF file
+    pub model: std::path::PathBuf,
+    /// Name to serve it by [default: the file's name]
+    #[arg(long)]
+    pub name: Option<String>,
+    /// Nodes to use, in pipeline order [default: as many as it needs]
+    #[arg(long, value_name = "A,B", value_delimiter = ',')]
+    pub nodes: Vec<String>,
+    /// Layers of each node, in pipeline order, such as A=0..10,B=10..30 [default: by free memory]
+    #[arg(long, value_name = "A=0..10,B=10..30", value_delimiter = ',', value_parser = parse_layers)]
+    pub layers: Vec<(String, LayerRange)>,
+    /// Most sequences decoded in one micro-batch; 1 makes an answer independent of what runs beside it, bit for bit
+    /// [default: as many as there are slots]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub decode_batch: Option<u32>,
+    /// Size of the caches.
+    #[command(flatten)]
+    pub model_flags: ModelFlags,
+}
+
+/// Arguments of `capstan unload`.
+#[derive(Args, Debug)]
+pub struct UnloadArgs {
+    /// The model's name, as `capstan status` shows it
+    pub name: String,
+}
+
+/// Loads a model and shows its stages.
+pub async fn load(config: &Config, args: &LoadArgs, json: bool) -> Result<ExitCode> {
+    let client = Client::find(&config.data_dir.value)?;
+    if !args.nodes.is_empty() && !args.layers.is_empty() {
+        let named: Vec<&String> = args.layers.iter().map(|(node, _)| node).collect();
+        if named != args.nodes.iter().collect::<Vec<_>>() {
+            bail!("--nodes and --layers name different nodes; --layers alone is enough");
+        }
+    }
+    let request = LoadRequest {
+        path: model_path(&args.model)?,
+        name: args.name.clone(),
+        nodes: if args.layers.is_empty() { args.nodes.clone() } else { Vec::new() },
+        layers: args.layers.clone(),
+        ctx: config.ctx.value.0,
+        slots: config.slots.value.0,
+        decode_batch: args.decode_batch,
+    };
+    let Some(deployment) = follow(&client, &request, json).await? else {
+        return Ok(ExitCode::from(INTERRUPTED));
+    };
+    if !json {
+        view::print_line(format!("{}\n", cluster::stages(&deployment)))?;
+        if !deployment.detail.is_empty() {
+            view::print_line(format!("{}\n", view::plain(&deployment.detail)))?;
+        }
+        let name = view::plain(&deployment.name);
+        view::print_line(format!("{name} is ready at {}; chat with it: capstan run {name}", client.openai_url()))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Stops serving a model.
+pub async fn unload(config: &Config, args: &UnloadArgs, json: bool) -> Result<ExitCode> {
+    Client::find(&config.data_dir.value)?.unload(&args.name).await?;
+    if json {
+        view::print_json(&json!({ "unloaded": args.name }))?;
+    } else {
+        view::print_line(format!("{} is no longer served", view::plain(&args.name)))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Loads a model, showing progress. None when Ctrl-C came: the load then goes on without this command.
+pub async fn follow(client: &Client, request: &LoadRequest, json: bool) -> Result<Option<DeploymentStatus>> {
+    let mut progress = Progress::new(json);
+    let load = async {
+        let mut events = client.load(request).await?;
+        while let Some(event) = events.next().await? {
+            progress.show(&event)?;
+            match event {
+                LoadEvent::Ready { deployment } => return Ok(deployment),
+                LoadEvent::Failed { message } => bail!("{}", view::plain_text(&message)),
+                _ => {}
+            }
+        }
+        bail!("the daemon stopped telling about the load before it was done; `capstan status` shows how it stands")
+    };
+    let outcome = tokio::select! {
+        deployment = load => deployment.map(Some),
+        _ = tokio::signal::ctrl_c() => Ok(None),
+    };
+    // The bars would be drawn over what follows.
+    drop(progress);
+    if matches!(outcome, Ok(None)) {
+        eprintln!("the load goes on in the background; `capstan status` shows how it stands");
+    }
+    outcome
+}
+
+/// A model file's absolute path, for the daemon works in another folder.
+pub fn model_path(path: &Path) -> Result<String> {
+    match std::fs::metadata(path) {
+        Ok(meta) if meta.is_file() => {}
+        Ok(_) => bail!("{} is not a file; name the GGUF file itself", path.display()),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => bail!("there is no file {}", path.display()),
+        Err(e) => bail!("{} cannot be read: {e}", path.display()),
+    }
+    match std::path::absolute(path)?.into_os_string().into_string() {
+        Ok(path) => Ok(path),
+        Err(_) => bail!("the path {} is not valid UTF-8; rename it", path.display()),
+    }
+}
+
+fn parse_layers(text: &str) -> Result<(String, LayerRange), String> {
+    let (node, range) = text.split_once('=').ok_or_else(|| format!("{text:?} is not NODE=START..END"))?;
+    if node.is_empty() {
+        return Err(format!("{text:?} names no node; write NODE=START..END"));
+    }
+    Ok((node.to_string(), range.parse().map_err(|e: capstan_proto::layers::BadRange| e.to_string())?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn layers_name_a_node_and_a_range() {
+        assert_eq!(parse_layers("a=0..10"), Ok(("a".into(), LayerRange::new(0, 10).unwrap())));
+        for bad in ["a", "=0..1", "a=1", "a=3..3", "a=5..2"] {
+            assert!(parse_layers(bad).is_err(), "{bad}");
+        }
+    }
+}
