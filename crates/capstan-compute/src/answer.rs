@@ -30,8 +30,8 @@ pub(crate) struct Step {
 
 impl Answer {
     pub fn new(body: Box<GenerateRequest>, prompt: &[i32], vocab: &Vocab) -> Result<Self, RequestError> {
-        let mut sampler = Sampler::new(&body.sampling, vocab)
-            .map_err(|e| RequestError::new(ErrorKind::BadRequest, e.to_string()))?;
+        let mut sampler =
+            Sampler::new(&body.sampling, vocab).map_err(|e| RequestError::new(ErrorKind::BadRequest, e.to_string()))?;
         sampler.accept_prompt(prompt);
         let text = TextStream::new(body.stop.clone());
         let usage = Usage { prompt_tokens: prompt.len() as u32, ..Usage::default() };

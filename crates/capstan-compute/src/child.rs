@@ -299,7 +299,8 @@ impl Session {
             request,
             event: Box::new(GenerateEvent::Failed(RequestError::new(kind, message))),
         };
-        let Some((wire, prompts)) = self.loaded.as_ref().and_then(|l| Some((l.wire.clone(), l.prompts.clone()?))) else {
+        let Some((wire, prompts)) = self.loaded.as_ref().and_then(|l| Some((l.wire.clone(), l.prompts.clone()?)))
+        else {
             self.send(refuse(ErrorKind::Internal, "this compute process holds no driver")).await;
             return;
         };

@@ -32,7 +32,9 @@ pub enum HostError {
     #[error("no command is given to start a compute process")]
     NoCommand,
     /// The operating system refused.
-    #[error("the compute process {program:?} could not be started: {source}; is the capstan binary still in its place?")]
+    #[error(
+        "the compute process {program:?} could not be started: {source}; is the capstan binary still in its place?"
+    )]
     Spawn {
         /// What was started.
         program: OsString,
@@ -172,11 +174,7 @@ impl Drop for ChildReceiver {
     }
 }
 
-async fn forward_log(
-    stderr: tokio::process::ChildStderr,
-    label: String,
-    last_error: Arc<Mutex<Option<String>>>,
-) {
+async fn forward_log(stderr: tokio::process::ChildStderr, label: String, last_error: Arc<Mutex<Option<String>>>) {
     let mut lines = BufReader::new(stderr);
     let mut line = Vec::new();
     loop {

@@ -195,10 +195,7 @@ async fn accept_loop(endpoint: Endpoint, expected: Arc<Mutex<Option<Expected>>>)
     }
 }
 
-async fn admit(
-    incoming: iroh::endpoint::Incoming,
-    expected: &Mutex<Option<Expected>>,
-) -> Result<(), LinkError> {
+async fn admit(incoming: iroh::endpoint::Incoming, expected: &Mutex<Option<Expected>>) -> Result<(), LinkError> {
     let connection = incoming.await.map_err(broken)?;
     let key = connection.remote_id();
     let known = expected.lock().is_ok_and(|slot| slot.as_ref().is_some_and(|e| e.key == key));

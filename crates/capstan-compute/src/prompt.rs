@@ -41,10 +41,8 @@ impl PromptMaker {
             }
             Prompt::Text(text) => vocab.tokenize(text, true, true).map_err(|e| bad(e.to_string()))?,
             Prompt::Chat { messages, tools, template_kwargs } => {
-                let text = self
-                    .template
-                    .render(messages, tools.as_deref(), template_kwargs.as_deref(), true, &today())
-                    ?;
+                let text =
+                    self.template.render(messages, tools.as_deref(), template_kwargs.as_deref(), true, &today())?;
                 // Most templates write the beginning-of-text token themselves; twice would change the answer.
                 let add_special = self.bos.is_empty() || !text.starts_with(&self.bos);
                 vocab.tokenize(&text, add_special, true).map_err(|e| bad(e.to_string()))?

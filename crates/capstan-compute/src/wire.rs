@@ -56,12 +56,8 @@ impl Wire {
             return Ok(());
         };
         let stages = self.spec.stages;
-        let hello = |from_stage| DataHello {
-            version: DATA_VERSION,
-            deployment: self.spec.deployment,
-            epoch,
-            from_stage,
-        };
+        let hello =
+            |from_stage| DataHello { version: DATA_VERSION, deployment: self.spec.deployment, epoch, from_stage };
         let before = (self.spec.stage + stages - 1) % stages;
         let own = hello(self.spec.stage);
         let (receiver, sender) =

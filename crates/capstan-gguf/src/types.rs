@@ -71,7 +71,7 @@ pub fn ggml_type(id: u32) -> Option<GgmlType> {
 /// Bytes of a row of `elements`, if the type exists, the row is a whole number of blocks and the product fits.
 pub fn row_bytes(id: u32, elements: u64) -> Option<u64> {
     let t = ggml_type(id)?;
-    if elements % t.block_elements != 0 {
+    if !elements.is_multiple_of(t.block_elements) {
         return None;
     }
     (elements / t.block_elements).checked_mul(t.block_bytes)

@@ -38,7 +38,7 @@ impl Batch {
                 1
             }
             Payload::Hidden(hidden) => {
-                let width = if n == 0 { 0 } else { hidden.len() / n };
+                let width = hidden.len().checked_div(n).unwrap_or(0);
                 self.hidden.resize(n * shape.width, 0.0);
                 if width > 0 {
                     for (to, from) in self.hidden.chunks_mut(shape.width).zip(hidden.chunks(width)) {

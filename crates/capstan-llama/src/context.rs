@@ -298,8 +298,8 @@ impl Context {
     fn apply(&mut self, ops: &[KvOp]) -> Result<(), LlamaError> {
         for op in ops {
             match *op {
-                // SAFETY: `plan` found the slot in range, and no decode is running. A whole sequence can always go.
                 KvOp::Clear { slot } => {
+                    // SAFETY: `plan` found the slot in range, and no decode is running. A whole sequence can always go.
                     unsafe { sys::llama_memory_seq_rm(self.memory, slot as i32, -1, -1) };
                 }
                 KvOp::Trim { slot, from } => {

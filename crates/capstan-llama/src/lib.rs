@@ -7,12 +7,12 @@
 //! | module | idea |
 //! |---|---|
 //! | [`backend`] | start llama.cpp once; which devices compute |
-//! | [`log`] | llama.cpp's log lines become `tracing` events, and the sentences of our errors |
+//! | `log` | llama.cpp's log lines become `tracing` events, and the sentences of our errors |
 //! | [`model`] | weights in memory |
 //! | [`vocab`] | text to tokens and back |
 //! | [`context`] | KV cache and compute buffers; runs a micro-batch |
-//! | [`batch`] | rows of a micro-batch as llama.cpp wants them |
-//! | [`capture`] | takes the hidden state out of the graph and ends it there |
+//! | `batch` | rows of a micro-batch as llama.cpp wants them |
+//! | `capture` | takes the hidden state out of the graph and ends it there |
 //! | [`stage`] | a layer range behind the engine's `Stage` |
 //! | [`sampler`] | a token from logits |
 //! | [`rows`] | an embedding row from a quantised tensor |

@@ -66,7 +66,8 @@ async fn hello(connection: &Connection, build: &str) -> Result<(), String> {
         ours.agree(&theirs).map_err(|e| e.to_string())?;
         Ok(())
     };
-    let result: Result<(), String> = timeout(HELLO_TIMEOUT, exchange).await.unwrap_or_else(|_| Err("no hello came in time".into()));
+    let result: Result<(), String> =
+        timeout(HELLO_TIMEOUT, exchange).await.unwrap_or_else(|_| Err("no hello came in time".into()));
     if let Err(reason) = &result {
         close(connection, CLOSE_PROTOCOL, reason);
     }

@@ -14,14 +14,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use capstan_planner::StagePlan;
-use capstan_proto::child::{ChildStats, PeerAddr, StageInfo, StageSpec, WindowIo, Wiring};
+use capstan_proto::child::{ChildStats, PeerAddr, StageInfo, WindowIo, Wiring};
 use capstan_proto::control::{ShardRef, StageCommand, StageEvent, StageOrder, clip};
 use capstan_proto::manage::{DeploymentStatus, Health, LoadEvent, StageStatus};
-use capstan_proto::{DeploymentId, Epoch, NodeId};
+use capstan_proto::{Epoch, NodeId};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep_until, timeout};
 
-use crate::cutter::OpenModel;
+use crate::blueprint::Blueprint;
 use crate::node::Shared;
 use crate::session::{self, SessionEvent};
 
@@ -41,22 +41,6 @@ const AWAY_RETRY: Duration = Duration::from_secs(1);
 const WIRE_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long stages may take to end.
 const END_TIMEOUT: Duration = Duration::from_secs(8);
-
-/// What a deployment is made of.
-#[derive(Clone)]
-pub(crate) struct Blueprint {
-    pub(crate) id: DeploymentId,
-    pub(crate) name: String,
-    pub(crate) model: OpenModel,
-    pub(crate) stages: Vec<StagePlan>,
-    pub(crate) ctx: u32,
-    pub(crate) slots: u32,
-    pub(crate) ubatch: u32,
-    pub(crate) decode_batch: u32,
-    pub(crate) created_unix_s: u64,
-    /// Why it runs whole; empty when there is nothing to say.
-    pub(crate) remark: String,
-}
 
 /// What a coordinator is told.
 pub(crate) enum Message {
@@ -287,25 +271,10 @@ impl Coordinator {
     }
 
     fn order(&self, i: usize) -> StageOrder {
-        let (b, stage) = (&self.blueprint, &self.stages[i]);
+        let stage = &self.stages[i];
         StageOrder {
-            spec: StageSpec {
-                deployment: b.id,
-                model_name: b.name.clone(),
-                shard: Default::default(),
-                layers: stage.plan.layers,
-                stage: i as u16,
-                stages: self.stages.len() as u16,
-                io: stage.io.clone(),
-                ctx: b.ctx,
-                slots: b.slots,
-                ubatch: b.ubatch,
-                decode_batch: b.decode_batch,
-                threads: None,
-                gpu_layers: -1,
-                bind: std::net::Ipv4Addr::UNSPECIFIED.into(),
-            },
-            shard: self.shared.cutter.known(&b.model, stage.plan.layers),
+            spec: self.blueprint.spec(i, stage.io.clone()),
+            shard: self.shared.cutter.known(&self.blueprint.model, stage.plan.layers),
             memory_bytes: stage.plan.memory_bytes,
         }
     }
@@ -576,21 +545,7 @@ impl Coordinator {
                 stats: s.stats.clone(),
             }
         });
-        DeploymentStatus {
-            id: b.id,
-            name: b.name.clone(),
-            model_hash: b.model.hash.clone(),
-            architecture: b.model.model.architecture().to_owned(),
-            layers: b.model.model.n_layers(),
-            epoch: self.epoch,
-            health: self.health,
-            detail: self.detail.clone(),
-            coordinator: self.shared.id,
-            ctx: b.ctx,
-            slots: b.slots,
-            stages: stages.collect(),
-            created_unix_s: b.created_unix_s,
-        }
+        b.status(self.shared.id, self.epoch, self.health, self.detail.clone(), stages.collect())
     }
 
     /// Lets this node's own status know.

@@ -6,12 +6,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use capstan_planner::{NodeResources, Placement, PlanError, PlanInput, PlanOptions, Sizes, StagePlan, plan};
 use capstan_proto::control::{DEPLOYMENTS_MAX, DeploymentList};
-use capstan_proto::manage::{DeploymentStatus, Health, LoadEvent, LoadRequest, ManageError, PlannedStage, StageStatus};
-use capstan_proto::{DeploymentId, Epoch, LayerRange, NodeId, limits};
+use capstan_proto::manage::{DeploymentStatus, LoadEvent, LoadRequest, ManageError, PlannedStage};
+use capstan_proto::{DeploymentId, LayerRange, NodeId, limits};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
 
-use crate::coordinator::{Blueprint, Coordinator, Message, Outbox};
+use crate::blueprint::Blueprint;
+use crate::coordinator::{Coordinator, Message, Outbox};
 use crate::cutter::OpenModel;
 use crate::error::NodeError;
 use crate::files;
@@ -327,7 +328,7 @@ fn launch(
     progress: Option<mpsc::Sender<LoadEvent>>,
 ) -> Result<(), ManageError> {
     let id = blueprint.id;
-    let status = status_before(shared, &blueprint);
+    let status = blueprint.status_before(shared.id);
     let (coordinator, outbox) = Coordinator::new(shared.clone(), blueprint, progress);
     {
         // Checked again under the lock: two loads by the same name may have come at once.
@@ -345,36 +346,6 @@ fn launch(
     }
     tokio::spawn(coordinator.run());
     Ok(())
-}
-
-fn status_before(shared: &Shared, b: &Blueprint) -> DeploymentStatus {
-    let stages = b.stages.iter().enumerate().map(|(i, s)| StageStatus {
-        stage: i as u16,
-        node: s.node,
-        node_name: s.node_name.clone(),
-        layers: s.layers,
-        pid: None,
-        shard_bytes: b.model.model.shard_bytes(s.layers),
-        memory_bytes: 0,
-        device: String::new(),
-        health: Health::Loading,
-        stats: Default::default(),
-    });
-    DeploymentStatus {
-        id: b.id,
-        name: b.name.clone(),
-        model_hash: b.model.hash.clone(),
-        architecture: b.model.model.architecture().to_owned(),
-        layers: b.model.model.n_layers(),
-        epoch: Epoch(0),
-        health: Health::Loading,
-        detail: b.remark.clone(),
-        coordinator: shared.id,
-        ctx: b.ctx,
-        slots: b.slots,
-        stages: stages.collect(),
-        created_unix_s: b.created_unix_s,
-    }
 }
 
 async fn place(shared: &Arc<Shared>, model: &OpenModel, options: PlanOptions) -> Result<Placement, ManageError> {

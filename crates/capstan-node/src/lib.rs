@@ -9,12 +9,13 @@
 //! | `endpoint`, `frames` | QUIC by key; messages on a stream |
 //! | `membership`, `view` | who is in the cluster; how the others are |
 //! | `control_client`, `control_server` | calls to other nodes, and answers |
-//! | `deployments`, `coordinator`, `cutter` | load and place; bring up, wire, mend; shards for others |
+//! | `deployments`, `blueprint`, `coordinator`, `cutter` | load and place; bring up, wire, mend; shards for others |
 //! | `session` | a coordinator's hold on one stage, wherever it runs |
 //! | `stages`, `requests` | the stages that run here; a request's events, bounded |
 //! | `generate` | a request's way to its driver and back |
 //! | `machine` | memory and devices |
 
+mod blueprint;
 pub mod config;
 mod control_client;
 mod control_server;

@@ -123,7 +123,7 @@ mod tests {
         let machine = Arc::new(Machine::new(Some(1000), 0));
         let free = machine.memory().1;
         assert!(free <= 1000);
-        let first = machine.reserve(free).ok().expect("it was free");
+        let first = machine.reserve(free).expect("it was free");
         assert_eq!(machine.reserve(1).err(), Some(0));
         first.measured(&StageInfo { weights_bytes: 1, ..StageInfo::default() });
         assert_eq!(machine.memory().1, free.min(999));

@@ -278,7 +278,7 @@ impl Shared {
     }
 }
 
-/// A node: a daemon's state and tasks. Dropping it ends its tasks; [`capstan_node::Service::stop`](crate::Service::stop)
+/// A node: a daemon's state and tasks. Dropping it ends its tasks; [`Service::stop`](crate::Service::stop)
 /// also says goodbye.
 pub struct Node {
     pub(crate) shared: Arc<Shared>,

@@ -2,9 +2,9 @@
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use capstan_proto::NodeId;
 use capstan_proto::control::DeploymentList;
 use capstan_proto::manage::{DeploymentStatus, NodeStatus};
-use capstan_proto::NodeId;
 
 #[derive(Default)]
 struct State {

@@ -294,8 +294,8 @@ impl<'a> Search<'a> {
             let after = order.len() - 1 - i;
             let ends = if after == 0 { n..=n } else { i + 1..=n.saturating_sub(after) };
             for end in ends {
-                for start in i..end {
-                    if best[start].is_infinite() {
+                for (start, &so_far) in best.iter().enumerate().take(end).skip(i) {
+                    if so_far.is_infinite() {
                         continue;
                     }
                     let Ok(range) = LayerRange::new(start as u32, end as u32) else { continue };
@@ -303,8 +303,8 @@ impl<'a> Search<'a> {
                         continue;
                     }
                     let Some(stage) = cost(node, self.need(range)) else { continue };
-                    if best[start] + stage < next[end] {
-                        next[end] = best[start] + stage;
+                    if so_far + stage < next[end] {
+                        next[end] = so_far + stage;
                         from[end] = start;
                     }
                 }

@@ -5,7 +5,9 @@ use serde::{Serialize, de::DeserializeOwned};
 #[derive(Debug, thiserror::Error)]
 pub enum CodecError {
     /// The length prefix exceeds the limit; nothing was allocated.
-    #[error("a message of {len} bytes exceeds the limit of {max}; the peer is broken or hostile, the connection is closed")]
+    #[error(
+        "a message of {len} bytes exceeds the limit of {max}; the peer is broken or hostile, the connection is closed"
+    )]
     TooLarge {
         /// Announced length in bytes.
         len: usize,
@@ -40,11 +42,7 @@ pub fn frame_len(prefix: [u8; PREFIX], max: usize) -> Result<usize, CodecError> 
 /// The message in a frame's body (without the prefix). Trailing bytes are an error.
 pub fn decode<T: DeserializeOwned>(body: &[u8]) -> Result<T, CodecError> {
     let (message, rest) = postcard::take_from_bytes(body).map_err(|e| CodecError::Malformed(e.to_string()))?;
-    if rest.is_empty() {
-        Ok(message)
-    } else {
-        Err(CodecError::Malformed(format!("{} bytes too many", rest.len())))
-    }
+    if rest.is_empty() { Ok(message) } else { Err(CodecError::Malformed(format!("{} bytes too many", rest.len()))) }
 }
 
 #[cfg(test)]

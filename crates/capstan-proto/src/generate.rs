@@ -131,7 +131,9 @@ impl GenerateRequest {
         if s.logit_bias.len() > 1024 || s.logit_bias.iter().any(|(_, b)| b.is_nan()) {
             return bad("logit_bias takes at most 1024 tokens, each with a number".into());
         }
-        if self.stop.len() > limits::STOPS_MAX || self.stop.iter().any(|s| s.is_empty() || s.len() > limits::STOP_BYTES_MAX) {
+        if self.stop.len() > limits::STOPS_MAX
+            || self.stop.iter().any(|s| s.is_empty() || s.len() > limits::STOP_BYTES_MAX)
+        {
             return bad(format!(
                 "stop takes at most {} strings of 1 to {} bytes",
                 limits::STOPS_MAX,

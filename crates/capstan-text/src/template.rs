@@ -66,7 +66,7 @@ impl ChatTemplate {
         env.set_recursion_limit(RECURSION_MAX);
         env.set_unknown_method_callback(methods::call);
         env.add_filter("tojson", json::tojson);
-        // Both print in quadratic space before any fuel is taken, and no chat template needs them.
+        // No chat template needs these: the one indents nested values without paying fuel, the other shows our own state.
         env.remove_filter("pprint");
         env.remove_global("debug");
         env.add_function("raise_exception", |message: String| -> Result<Value, Error> {

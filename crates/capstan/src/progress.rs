@@ -100,13 +100,14 @@ impl Progress {
         let changed = std::mem::replace(&mut stage.phase, phase) != phase;
         match &stage.bar {
             Some(bar) => {
-                if changed {
-                    bar.set_style(style(phase));
-                    bar.set_message(phase.word());
-                    bar.reset_eta();
-                }
+                // Length and position first: a new style is drawn at once and would show the old ones.
                 bar.set_length(total.max(1));
                 bar.set_position(done.min(total.max(1)));
+                if changed {
+                    bar.reset_eta();
+                    bar.set_message(phase.word());
+                    bar.set_style(style(phase));
+                }
                 if phase == Phase::Loaded {
                     bar.finish();
                 }

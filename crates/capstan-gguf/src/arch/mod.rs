@@ -42,7 +42,7 @@ pub struct Swa {
 impl Swa {
     /// Whether layer `i` has a sliding window when one in `period` has not.
     pub fn is_sliding(self, i: u32, period: u32) -> bool {
-        period == 0 || if self.dense_first { i % period != 0 } else { i % period < period - 1 }
+        period == 0 || if self.dense_first { !i.is_multiple_of(period) } else { i % period < period - 1 }
     }
 }
 

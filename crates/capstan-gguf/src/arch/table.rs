@@ -121,7 +121,6 @@ pub const TABLE: &[Rules] = &[
     r("dots1").output(),
     r("bailingmoe").output(),
     r("bailingmoe2").output(),
-    r("llada-moe").output(),
     r("apertus").output(),
     r("internlm2").output(),
     r("nemotron").output(),
@@ -212,6 +211,7 @@ pub const WHOLE: &[(&str, &str)] = &[
     ("gemma3n", "each layer has an input computed from the token, and there are several residual streams"),
     ("minicpm3", "its residual scale is computed from the number of layers"),
     ("talkie", "every layer adds the token's embedding"),
+    ("llada-moe", "it is a diffusion model, which llama.cpp gives no memory of a sequence and which is not served"),
     ("graniteswitch", "its router needs the tokens"),
     ("hrm_text", "its layers run in loops"),
 ];

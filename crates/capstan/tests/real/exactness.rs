@@ -1,13 +1,8 @@
 //! Split equals whole, bit for bit, through real compute processes on real links.
-mod common {
-    pub mod pipeline;
-}
-
+use crate::pipeline::{Options, Pipeline, assert_same_bits, difference};
 use capstan_gguf::Model;
-use capstan_proto::LayerRange;
 use capstan_proto::generate::{GenerateRequest, Prompt, Sampling};
 use capstan_testkit::{models, tiny};
-use common::pipeline::{Options, Pipeline, assert_same_bits, difference};
 
 fn greedy(prompt: Prompt, max_tokens: u32) -> GenerateRequest {
     GenerateRequest {
@@ -50,19 +45,11 @@ async fn smollm2_in_2_3_and_5_stages_is_the_whole_model() {
     }
 }
 
-/// Every single cut that the table allows, and the finest partition.
+/// Cuts of every partition that is compared: each single one that the table allows, and the finest partition.
 fn partitions(model: &Model) -> Vec<Vec<u32>> {
-    let n = model.n_layers();
-    let allowed = |a, b| model.window_problem(LayerRange::new(a, b).unwrap()).is_none();
-    // finest[a]: the cuts of the finest partition of a..n, its own start included.
-    let mut finest: Vec<Option<Vec<u32>>> = vec![None; n as usize + 1];
-    finest[n as usize] = Some(vec![]);
-    for a in (0..n).rev() {
-        let options = (a + 1..=n).filter(|b| allowed(a, *b)).filter_map(|b| finest[b as usize].clone());
-        finest[a as usize] = options.max_by_key(Vec::len).map(|rest| [vec![a], rest].concat());
-    }
-    let mut all: Vec<Vec<u32>> = (1..n).filter(|c| allowed(0, *c) && allowed(*c, n)).map(|c| vec![c]).collect();
-    if let Some(finest) = finest[0].take().map(|f| f[1..].to_vec()).filter(|f| f.len() > 1) {
+    let finest: Vec<u32> = model.finest_partition().iter().skip(1).map(|range| range.start()).collect();
+    let mut all: Vec<Vec<u32>> = model.single_cuts().into_iter().map(|cut| vec![cut]).collect();
+    if !all.contains(&finest) {
         all.push(finest);
     }
     all
@@ -70,8 +57,19 @@ fn partitions(model: &Model) -> Vec<Vec<u32>> {
 
 /// Architectures that must be in the table; the others may be, and are tried too.
 const PROMISED: [&str; 13] = [
-    "llama", "qwen2", "qwen3", "qwen3moe", "gemma3", "gpt-oss", "glm4moe", "minimax-m2", "deepseek2", "deepseek32",
-    "qwen35moe", "kimi-linear", "llama4",
+    "llama",
+    "qwen2",
+    "qwen3",
+    "qwen3moe",
+    "gemma3",
+    "gpt-oss",
+    "glm4moe",
+    "minimax-m2",
+    "deepseek2",
+    "deepseek32",
+    "qwen35moe",
+    "kimi-linear",
+    "llama4",
 ];
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,10 +1,6 @@
 //! The official `openai` Python client lists models, chats and streams.
-mod common {
-    pub mod cluster;
-}
-
+use crate::daemons::Cluster;
 use capstan_testkit::models;
-use common::cluster::Cluster;
 
 const SCRIPT: &str = r#"
 import sys
@@ -13,7 +9,11 @@ from openai import OpenAI, NotFoundError, BadRequestError
 client = OpenAI(base_url=sys.argv[1], api_key="unused", max_retries=0)
 assert [m.id for m in client.models.list()] == ["smol"]
 assert client.models.retrieve("smol").id == "smol"
-ask = dict(model="smol", messages=[{"role": "user", "content": "What is the capital of France?"}], temperature=0, max_tokens=24)
+messages = [
+    {"role": "system", "content": "You are a helpful assistant."},
+    {"role": "user", "content": "What is the capital of France?"},
+]
+ask = dict(model="smol", messages=messages, temperature=0, max_tokens=24)
 whole = client.chat.completions.create(**ask)
 text = whole.choices[0].message.content
 assert "Paris" in text, text

@@ -107,11 +107,6 @@ impl Daemon {
         Self { name: name.into(), data_dir: data_dir.into(), api, token, http, process }
     }
 
-    /// The daemon's process.
-    pub fn pid(&self) -> u32 {
-        self.process.id().expect("the daemon lives")
-    }
-
     /// The cluster as this node sees it.
     pub async fn status(&self) -> ClusterStatus {
         let url = format!("http://{}/capstan/v1/status", self.api);
@@ -207,7 +202,11 @@ impl Cluster {
 pub fn chat(model: &str, text: &str, max_tokens: u32) -> Value {
     json!({
         "model": model,
-        "messages": [{ "role": "user", "content": text }],
+        // Without a system prompt this very small model answers in French.
+        "messages": [
+            { "role": "system", "content": "You are a helpful assistant." },
+            { "role": "user", "content": text },
+        ],
         "max_tokens": max_tokens,
         "temperature": 0,
     })

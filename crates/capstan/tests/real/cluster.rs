@@ -1,10 +1,6 @@
 //! Three real daemons, one model, one answer; and what happens when things go wrong.
-mod common {
-    pub mod cluster;
-}
-
+use crate::daemons::{Cluster, Daemon, chat, try_capstan, wait_for};
 use capstan_testkit::models;
-use common::cluster::{Cluster, Daemon, chat, try_capstan, wait_for};
 use futures::StreamExt;
 use serde_json::{Value, json};
 
@@ -123,7 +119,8 @@ async fn a_killed_stage_ends_its_answers_and_comes_back_by_itself() {
         assert!(error["error"]["message"].as_str().is_some_and(|m| m.contains("again")), "{error}");
 
         deployment = node.wait_ready("smol", deployment.epoch.0).await;
-        let (status, answer) = node.post("/v1/chat/completions", &chat("smol", "Capital of France?", 16)).await;
+        let (status, answer) =
+            node.post("/v1/chat/completions", &chat("smol", "What is the capital of France?", 16)).await;
         assert_eq!(status, 200, "{answer}");
         assert!(content(&answer).contains("Paris"), "{answer}");
     }
@@ -137,7 +134,8 @@ async fn wrong_requests_get_a_sentence_and_the_right_status() {
     cluster.load(&path, "smol", &["--ctx", "256", "--slots", "1"]).await;
     let url = format!("http://{}/v1/chat/completions", node.api);
 
-    let reply = node.http.post(&url).header("content-type", "application/json").body("{\"model\":").send().await.unwrap();
+    let reply =
+        node.http.post(&url).header("content-type", "application/json").body("{\"model\":").send().await.unwrap();
     assert_eq!(reply.status(), 400);
     let error: Value = reply.json().await.unwrap();
     assert!(error["error"]["message"].is_string() && error["error"]["type"].is_string(), "{error}");
@@ -195,10 +193,8 @@ async fn tickets_let_in_once_and_members_can_leave() {
 
     stranger.cli(&["leave"]).await;
     for node in [alpha, beta] {
-        wait_for("the node that left is forgotten", || async {
-            (node.status().await.nodes.len() == 2).then_some(())
-        })
-        .await;
+        wait_for("the node that left is forgotten", || async { (node.status().await.nodes.len() == 2).then_some(()) })
+            .await;
     }
     assert_eq!(stranger.status().await.nodes.len(), 1);
 }

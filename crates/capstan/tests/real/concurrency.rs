@@ -1,13 +1,8 @@
 //! Eight conversations at once: each gets the answer it would have got alone.
-mod common {
-    pub mod cluster;
-    pub mod pipeline;
-}
-
+use crate::daemons::{Cluster, chat, wait_for};
+use crate::pipeline::{Answer, Options, Pipeline, assert_same_bits};
 use capstan_proto::generate::{GenerateRequest, Prompt, Sampling};
 use capstan_testkit::models;
-use common::cluster::{Cluster, chat, wait_for};
-use common::pipeline::{Answer, Options, Pipeline, assert_same_bits};
 
 /// Rounding depends on a micro-batch's shape, so where two logits are closer than this either may win.
 const NEAR_TIE: f32 = 0.05;

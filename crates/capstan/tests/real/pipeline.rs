@@ -122,8 +122,11 @@ impl Pipeline {
         let n = self.stages.len();
         let addrs: Vec<PeerAddr> = self.stages.iter().map(|s| s.addr.clone()).collect();
         for (i, stage) in self.stages.iter().enumerate() {
-            let (prev, next) =
-                if n == 1 { (None, None) } else { (Some(addrs[(i + n - 1) % n].clone()), Some(addrs[(i + 1) % n].clone())) };
+            let (prev, next) = if n == 1 {
+                (None, None)
+            } else {
+                (Some(addrs[(i + n - 1) % n].clone()), Some(addrs[(i + 1) % n].clone()))
+            };
             stage.sender.send(ToChild::Connect(Wiring { epoch, prev, next })).await.expect("the process listens");
         }
         for stage in &mut self.stages {

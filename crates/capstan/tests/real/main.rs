@@ -1,0 +1,7 @@
+//! Real processes on real sockets: what a user gets, proved. One binary, because linking it takes longer than a test.
+mod cluster;
+mod concurrency;
+mod daemons;
+mod exactness;
+mod openai_client;
+mod pipeline;
