@@ -1,7 +1,7 @@
 //! Topology and cost in, placement and its explanation out: a pure function.
 //!
 //! Now it gives layers in proportion to free memory, under the windows that an architecture allows. Whatever replaces
-//! that keeps the signature of [`plan`].
+//! that keeps the signature of [`plan()`].
 //!
 //! | module | idea |
 //! |---|---|

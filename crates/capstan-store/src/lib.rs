@@ -73,7 +73,7 @@ pub fn hex(hash: &Hash) -> String {
     ::hex::encode(hash)
 }
 
-/// The opposite of [`hex`]; `None` for anything but 64 hexadecimal digits.
+/// The opposite of [`hex()`]; `None` for anything but 64 hexadecimal digits.
 pub fn parse_hex(text: &str) -> Option<Hash> {
     let mut hash = Hash::default();
     ::hex::decode_to_slice(text, &mut hash).ok()?;
