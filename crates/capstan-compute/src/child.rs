@@ -2,6 +2,7 @@
 //!
 //! The process ends when its standard input ends, so a daemon that dies leaves no child behind.
 use std::collections::HashMap;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
@@ -17,7 +18,7 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::task::JoinHandle;
 
 use crate::driver::Driver;
-use crate::link::{IrohTransport, Transport};
+use crate::link::IrohTransport;
 use crate::middle;
 use crate::prompt::PromptMaker;
 use crate::wire::{Input, Wire};
@@ -29,6 +30,10 @@ const INPUT_QUEUE: usize = 256;
 const PROMPTS_AT_ONCE: usize = 2;
 /// Requests a driver takes before it answers `Busy`: all that can run and all that may wait.
 const REQUESTS_MAX: usize = limits::QUEUE_MAX + limits::SLOTS_MAX as usize;
+/// Stack of the compute thread, as large as a program's own; graphs are walked recursively.
+const COMPUTE_STACK_BYTES: usize = 64 << 20;
+/// Stack that tokenizing a run of equal characters takes for each; about 300 bytes were seen.
+const STACK_BYTES_PER_CHAR: usize = 512;
 /// How long the compute thread may finish its micro-batch after the end was asked for.
 const STOP_GRACE: Duration = Duration::from_secs(2);
 
@@ -111,16 +116,32 @@ async fn serve() -> i32 {
     let (events, queue) = mpsc::channel(limits::EVENT_QUEUE);
     let mut writer = tokio::spawn(write_events(queue));
     let mut session = Session::new(events.clone());
+    let mut writer_ended = false;
     let mut stdin = tokio::io::stdin();
     if events.send(FromChild::Hello { version: CHILD_VERSION }).await.is_err() {
         return 1;
     }
     let code = loop {
         let message = tokio::select! {
+            turn = session.next_turn() => match turn {
+                Turn::Loaded(Ok((loaded, info))) => {
+                    session.loaded(loaded, info).await;
+                    continue;
+                }
+                Turn::Loaded(Err(reason)) => {
+                    tracing::error!("{reason}");
+                    session.send(FromChild::Failed { reason }).await;
+                    break 1;
+                }
+                Turn::Ended => break 1,
+            },
+            // What is half read when another branch ends the loop is not needed any more.
             message = read_message(&mut stdin) => message,
             // Nobody listens any more.
-            _ = &mut writer => break 1,
-            () = session.thread_ended() => break 1,
+            _ = &mut writer => {
+                writer_ended = true;
+                break 1;
+            }
         };
         match message {
             Ok(Some(ToChild::Shutdown) | None) => break 0,
@@ -135,7 +156,9 @@ async fn serve() -> i32 {
     drop(session);
     drop(events);
     // What was still to be said (a `Failed`, say) goes out first.
-    tokio::time::timeout(STOP_GRACE, writer).await.ok();
+    if !writer_ended {
+        tokio::time::timeout(STOP_GRACE, writer).await.ok();
+    }
     code
 }
 
@@ -173,9 +196,23 @@ struct Loaded {
     prompts: Option<Arc<PromptMaker>>,
 }
 
+/// How a load went.
+type LoadResult = Result<(Loaded, StageInfo), String>;
+/// A load under way.
+type Loading = Pin<Box<dyn Future<Output = LoadResult> + Send>>;
+
+/// What the compute thread did by itself.
+enum Turn {
+    /// It has loaded, or could not.
+    Loaded(LoadResult),
+    /// It is gone.
+    Ended,
+}
+
 struct Session {
     events: mpsc::Sender<FromChild>,
     counters: Arc<Counters>,
+    loading: Option<Loading>,
     loaded: Option<Loaded>,
     wiring: Option<JoinHandle<()>>,
     thread: Option<oneshot::Receiver<()>>,
@@ -192,6 +229,7 @@ impl Session {
         Self {
             events,
             counters: Arc::default(),
+            loading: None,
             loaded: None,
             wiring: None,
             thread: None,
@@ -202,32 +240,25 @@ impl Session {
         }
     }
 
-    async fn thread_ended(&mut self) {
-        match &mut self.thread {
-            Some(thread) => {
-                // Either way the compute thread is gone.
-                thread.await.ok();
-            }
-            None => std::future::pending().await,
+    /// Waits for what the compute thread does by itself. Nothing is lost when this is dropped before it is ready.
+    async fn next_turn(&mut self) -> Turn {
+        if let Some(loading) = &mut self.loading {
+            let result = loading.as_mut().await;
+            self.loading = None;
+            return Turn::Loaded(result);
         }
+        let Some(thread) = &mut self.thread else { return std::future::pending().await };
+        // Either way the compute thread is gone.
+        thread.await.ok();
+        Turn::Ended
     }
 
     async fn handle(&mut self, message: ToChild) {
         match message {
-            ToChild::Load(spec) => {
-                if let Err(reason) = self.load(*spec).await {
-                    tracing::error!("{reason}");
-                    self.send(FromChild::Failed { reason }).await;
-                }
-            }
+            ToChild::Load(spec) => self.load(*spec),
             ToChild::Connect(wiring) => self.connect(wiring).await,
             ToChild::Submit { request, body } => self.submit(request, body).await,
-            ToChild::Cancel { request } => {
-                if let Some(cancelled) = self.live.get(&request) {
-                    cancelled.store(true, Relaxed);
-                }
-                self.input(Input::Cancel { request }).await;
-            }
+            ToChild::Cancel { request } => self.cancel(request),
             ToChild::Shutdown => {}
         }
     }
@@ -237,44 +268,52 @@ impl Session {
         self.events.send(event).await.ok();
     }
 
-    async fn input(&self, input: Input) {
-        if let Some(loaded) = &self.loaded {
-            // A closed queue means that the compute thread has ended; the main loop notices by itself.
-            loaded.wire.inputs.send(input).await.ok();
-        }
+    fn cancel(&self, request: RequestId) {
+        let (Some(cancelled), Some(loaded)) = (self.live.get(&request), &self.loaded) else { return };
+        cancelled.store(true, Relaxed);
+        let inputs = loaded.wire.inputs.clone();
+        // Beside the main loop: the compute thread may be busy for long, and the daemon must be heard meanwhile. There
+        // is at most one such task a live request.
+        tokio::spawn(async move { inputs.send(Input::Cancel { request }).await.ok() });
     }
 
-    async fn load(&mut self, spec: StageSpec) -> Result<(), String> {
-        if self.thread.is_some() {
-            return Err("a second stage cannot be loaded into the same process".into());
+    /// Begins to load. Reading a large shard takes minutes, in which the daemon must be heard: [`Session::next_turn`]
+    /// tells how it went.
+    fn load(&mut self, spec: StageSpec) {
+        let (events, counters, ended) = (self.events.clone(), self.counters.clone(), self.ended_tx.clone());
+        let begun = self.loading.is_some() || self.thread.is_some();
+        let (thread_ended, thread) = oneshot::channel();
+        if !begun {
+            self.thread = Some(thread);
         }
-        let transport = Arc::new(IrohTransport::bind(spec.bind).await.map_err(|e| e.to_string())?);
-        let spec = Arc::new(spec);
-        let (inputs, queue) = mpsc::channel(INPUT_QUEUE);
-        let (ready_tx, ready) = oneshot::channel();
-        let (ended_tx, ended) = oneshot::channel();
-        let work = ComputeThread {
-            spec: spec.clone(),
-            inputs: queue,
-            events: self.events.clone(),
-            counters: self.counters.clone(),
-            ended: self.ended_tx.clone(),
-        };
-        std::thread::Builder::new()
-            .name("compute".into())
-            .spawn(move || {
-                work.run(ready_tx);
-                ended_tx.send(()).ok();
-            })
-            .map_err(|e| format!("the compute thread could not be started: {e}"))?;
-        let (info, prompts) = ready.await.map_err(|_| "the compute thread ended while it was loading".to_owned())??;
-        let addr = transport.addr();
-        let wire = Wire { transport, spec, inputs, events: self.events.clone() };
-        self.loaded = Some(Loaded { wire, prompts });
-        self.thread = Some(ended);
+        self.loading = Some(Box::pin(async move {
+            if begun {
+                return Err("a second stage cannot be loaded into the same process".to_owned());
+            }
+            let transport = Arc::new(IrohTransport::bind(spec.bind).await.map_err(|e| e.to_string())?);
+            let spec = Arc::new(spec);
+            let (inputs, queue) = mpsc::channel(INPUT_QUEUE);
+            let (ready_tx, ready) = oneshot::channel();
+            let work = ComputeThread { spec: spec.clone(), inputs: queue, events: events.clone(), counters, ended };
+            std::thread::Builder::new()
+                .name("compute".into())
+                .stack_size(COMPUTE_STACK_BYTES)
+                .spawn(move || {
+                    work.run(ready_tx);
+                    thread_ended.send(()).ok();
+                })
+                .map_err(|e| format!("the compute thread could not be started: {e}"))?;
+            let (info, prompts) =
+                ready.await.map_err(|_| "the compute thread ended while it was loading".to_owned())??;
+            Ok((Loaded { wire: Wire { transport, spec, inputs, events }, prompts }, info))
+        }));
+    }
+
+    async fn loaded(&mut self, loaded: Loaded, info: StageInfo) {
+        let addr = loaded.wire.transport.addr();
+        self.loaded = Some(loaded);
         self.send(FromChild::Loaded { addr, info }).await;
         tokio::spawn(report_stats(self.counters.clone(), self.events.clone()));
-        Ok(())
     }
 
     async fn connect(&mut self, wiring: Wiring) {
@@ -317,11 +356,7 @@ impl Session {
                 ended.send(request).await.ok();
                 return;
             }
-            let made = tokio::task::spawn_blocking(move || {
-                let tokens = prompts.tokens(&body);
-                (tokens, body)
-            });
-            let outcome = match made.await {
+            let outcome = match make_prompt(prompts, body).await {
                 Ok((Ok(tokens), body)) => {
                     wire.inputs.send(Input::Submit { request, body, tokens }).await.ok();
                     // The client may have gone while the prompt was made; the driver then never saw a request to
@@ -344,6 +379,8 @@ impl Session {
         if let Some(wiring) = self.wiring.take() {
             wiring.abort();
         }
+        // Dropping the queue, or what waits for a load, tells the compute thread too.
+        self.loading = None;
         if let (Some(loaded), Some(thread)) = (&self.loaded, self.thread.take()) {
             loaded.wire.inputs.try_send(Input::Stop).ok();
             if tokio::time::timeout(STOP_GRACE, thread).await.is_err() {
@@ -351,6 +388,24 @@ impl Session {
             }
         }
     }
+}
+
+/// Renders and tokenizes on a thread whose stack grows with the text: llama.cpp splits words by `std::regex` for many
+/// vocabularies, which recurses once a character. Stacks are committed only where they are touched.
+async fn make_prompt(
+    prompts: Arc<PromptMaker>,
+    body: Box<GenerateRequest>,
+) -> Result<(Result<Vec<i32>, RequestError>, Box<GenerateRequest>), String> {
+    let (made, wait) = oneshot::channel();
+    std::thread::Builder::new()
+        .name("prompt".into())
+        .stack_size(COMPUTE_STACK_BYTES + STACK_BYTES_PER_CHAR * body.prompt_bytes())
+        .spawn(move || {
+            let tokens = prompts.tokens(&body);
+            made.send((tokens, body)).ok();
+        })
+        .map_err(|e| e.to_string())?;
+    wait.await.map_err(|_| "the thread that makes it ended".to_owned())
 }
 
 async fn report_stats(counters: Arc<Counters>, events: mpsc::Sender<FromChild>) {

@@ -59,7 +59,7 @@ impl Driver {
     ) -> Result<(Self, PromptMaker), String> {
         let vocab = stage.model().vocab();
         let gguf = capstan_gguf::Model::open(&spec.shard).map_err(|e| e.to_string())?;
-        let prompts = PromptMaker::new(vocab.clone(), gguf.metadata())?;
+        let prompts = PromptMaker::new(vocab.clone(), gguf.metadata(), spec.ctx)?;
         let embedder = match spec.stages {
             1 => None,
             _ => Some(Embedder::open(&spec.shard, spec.io.embedding_scale)?),

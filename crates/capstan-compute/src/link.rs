@@ -9,6 +9,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use capstan_proto::child::PeerAddr;
 use capstan_proto::codec::{self, CodecError, PREFIX};
+use capstan_proto::control::ADDRS_MAX;
 use capstan_proto::data::{DATA_ALPN, DATA_VERSION, DataHello};
 use capstan_proto::limits;
 use iroh::endpoint::{Connection, QuicTransportConfig, RecvStream, SendStream, presets};
@@ -116,6 +117,8 @@ impl IrohTransport {
         if addrs.is_empty() {
             addrs = endpoint.bound_sockets();
         }
+        // More than a message may carry are of no use to anybody.
+        addrs.truncate(ADDRS_MAX);
         let addr = PeerAddr { key: *endpoint.id().as_bytes(), addrs };
         let expected = Arc::new(Mutex::new(None));
         tokio::spawn(accept_loop(endpoint.clone(), expected.clone()));

@@ -6,16 +6,22 @@ use capstan_llama::Vocab;
 use capstan_proto::generate::{ErrorKind, GenerateRequest, Prompt, RequestError};
 use capstan_text::ChatTemplate;
 
+/// How many bytes of text at most become one byte of a token by Unicode normalization, with room to spare.
+const NORMALIZED_SHRINK: usize = 4;
+
 /// Makes a model's prompts.
 pub(crate) struct PromptMaker {
     vocab: Vocab,
     template: ChatTemplate,
     bos: String,
+    /// No text longer than this fits the context, whatever its tokens are.
+    text_bytes_max: usize,
+    ctx: u32,
 }
 
 impl PromptMaker {
     /// From the last stage's model and its file's metadata.
-    pub fn new(vocab: Vocab, metadata: &Metadata) -> Result<Self, String> {
+    pub fn new(vocab: Vocab, metadata: &Metadata, ctx: u32) -> Result<Self, String> {
         let (bos, eos) = (vocab.bos_text(), vocab.eos_text());
         let source = metadata.get_str("tokenizer.chat_template");
         let template = ChatTemplate::new(source, &bos, &eos).or_else(|error| {
@@ -23,7 +29,9 @@ impl PromptMaker {
             tracing::warn!(%error, "the model's chat template is not understood; ChatML is used instead");
             ChatTemplate::new(None, &bos, &eos)
         });
-        Ok(Self { template: template.map_err(|e| e.to_string())?, vocab, bos })
+        let longest = (0..vocab.n_tokens() as i32).map(|t| vocab.piece(t, true).len()).max().unwrap_or(0);
+        let text_bytes_max = longest.max(1).saturating_mul(NORMALIZED_SHRINK).saturating_mul(ctx as usize);
+        Ok(Self { template: template.map_err(|e| e.to_string())?, vocab, bos, text_bytes_max, ctx })
     }
 
     /// The request's prompt as tokens, all of them in the vocabulary.
@@ -39,10 +47,14 @@ impl PromptMaker {
                 }
                 tokens.clone()
             }
-            Prompt::Text(text) => vocab.tokenize(text, true, true).map_err(|e| bad(e.to_string()))?,
+            Prompt::Text(text) => {
+                self.check_length(text)?;
+                vocab.tokenize(text, true, true).map_err(|e| bad(e.to_string()))?
+            }
             Prompt::Chat { messages, tools, template_kwargs } => {
                 let text =
                     self.template.render(messages, tools.as_deref(), template_kwargs.as_deref(), true, &today())?;
+                self.check_length(&text)?;
                 // Most templates write the beginning-of-text token themselves; twice would change the answer.
                 let add_special = self.bos.is_empty() || !text.starts_with(&self.bos);
                 vocab.tokenize(&text, add_special, true).map_err(|e| bad(e.to_string()))?
@@ -52,6 +64,21 @@ impl PromptMaker {
             return Err(bad("the prompt is empty; send at least one token".into()));
         }
         Ok(tokens)
+    }
+}
+
+impl PromptMaker {
+    /// Refuses a text that cannot fit before minutes are spent on its tokens.
+    fn check_length(&self, text: &str) -> Result<(), RequestError> {
+        if text.len() <= self.text_bytes_max {
+            return Ok(());
+        }
+        let message = format!(
+            "the prompt of {} bytes cannot fit the context of {} tokens; shorten it, or load the model with a larger --ctx",
+            text.len(),
+            self.ctx
+        );
+        Err(RequestError::new(ErrorKind::ContextExceeded, message))
     }
 }
 

@@ -115,6 +115,10 @@ impl Model {
         if n_layers == 0 {
             return Err(missing(format!("it has {n_all} layers, {extra} of them for extra prediction")));
         }
+        if let Some(t) = tensors.iter().find(|t| t.layer().is_some_and(|(layer, _)| u64::from(layer) >= n_all)) {
+            let what = format!("it has {n_all} layers, and yet a tensor {}", t.name.escape_default());
+            return Err(GgufError::Malformed { path: path.to_owned(), what });
+        }
         let table = index.get("token_embd.weight").map(|i| &tensors[*i]);
         let table = table.ok_or_else(|| missing("it has no tensor token_embd.weight".into()))?;
         limit("the width of token_embd.weight", table.dims[0], WIDTH_MAX)?;

@@ -53,7 +53,7 @@ impl TensorInfo {
     }
     /// Number of rows.
     pub fn rows(&self) -> u64 {
-        self.dims[1..].iter().product()
+        self.dims[1..].iter().fold(1, |rows: u64, &dim| rows.saturating_mul(dim))
     }
     /// The layer it belongs to and its name within, for names like `blk.7.attn_q.weight`.
     pub fn layer(&self) -> Option<(u32, &str)> {

@@ -124,6 +124,7 @@ fn contradictions_are_refused() {
     assert!(refusal(with(&|m| m.insert("general.alignment", Value::U32(0)))).contains("power of two"));
     assert!(refusal(with(&|m| m.insert("general.alignment", Value::U64(32)))).contains("32-bit"));
     assert!(refusal(with(&|m| m.insert("llama.block_count", Value::U32(1 << 30)))).contains("block_count"));
+    assert!(refusal(with(&|m| m.insert("llama.block_count", Value::U32(2)))).contains("blk.2."));
     assert!(refusal(with(&|m| m.insert("llama.nextn_predict_layers", Value::U32(3)))).contains("layers"));
     assert!(refusal(with(&|m| m.insert("llama.embedding_length", Value::U32(64)))).contains("token_embd"));
     assert!(refusal(with(&|m| m.remove("llama.block_count"))).contains("block_count"));

@@ -2,6 +2,8 @@
 use capstan_gguf::ModelProfile;
 use capstan_proto::LayerRange;
 
+/// llama.cpp rounds the context of a sequence up to a multiple of this.
+const CTX_STEP: u64 = 256;
 /// What a compute process takes besides its model and buffers: code, thread stacks, allocator, backend.
 const PROCESS_BYTES: u64 = 48 << 20;
 /// Activations that are alive at once in one layer's graph, counted in hidden states: llama.cpp's allocator reuses
@@ -69,7 +71,7 @@ impl Sizes {
     pub fn need(&self, range: LayerRange, ctx: u32, slots: u32, ubatch: u32) -> Need {
         let span = range.start() as usize..range.end() as usize;
         let sum = |of: &[u64]| of.get(span.clone()).unwrap_or(&[]).iter().fold(0u64, |a, &b| a.saturating_add(b));
-        let tokens = u64::from(ctx) * u64::from(slots);
+        let tokens = u64::from(ctx).next_multiple_of(CTX_STEP) * u64::from(slots);
         let is_last = range.end() == self.layers();
         let head = if is_last { u64::from(self.n_vocab) * 4 * (u64::from(slots) + 1) } else { 0 };
         Need {

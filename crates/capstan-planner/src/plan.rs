@@ -199,9 +199,11 @@ impl<'a> Search<'a> {
     }
 
     fn explicit(&self) -> Result<Placement, PlanError> {
-        let wanted = &self.input.options.layers;
+        // The ranges say what comes first, in whatever order they were written.
+        let mut wanted = self.input.options.layers.clone();
+        wanted.sort_by_key(|(_, range)| range.start());
         let mut stages = Vec::new();
-        for &(id, range) in wanted {
+        for (id, range) in wanted {
             stages.push(self.stage(self.node(id)?, range));
         }
         let why = vec!["the layer ranges were given".to_owned()];

@@ -99,17 +99,22 @@ impl GenerateRequest {
         }
     }
 
-    /// Checks every number and length, so that what follows may rely on them.
-    pub fn check(&self) -> Result<(), RequestError> {
-        let bad = |m: String| Err(RequestError::new(ErrorKind::BadRequest, m));
-        let s = &self.sampling;
-        let bytes = match &self.prompt {
+    /// Size of the prompt as it was sent, in bytes.
+    pub fn prompt_bytes(&self) -> usize {
+        match &self.prompt {
             Prompt::Chat { messages, tools, template_kwargs } => {
                 messages.len() + tools.as_ref().map_or(0, String::len) + template_kwargs.as_ref().map_or(0, String::len)
             }
             Prompt::Text(t) => t.len(),
             Prompt::Tokens(t) => t.len() * 4,
-        };
+        }
+    }
+
+    /// Checks every number and length, so that what follows may rely on them.
+    pub fn check(&self) -> Result<(), RequestError> {
+        let bad = |m: String| Err(RequestError::new(ErrorKind::BadRequest, m));
+        let s = &self.sampling;
+        let bytes = self.prompt_bytes();
         if bytes > limits::PROMPT_BYTES_MAX {
             return bad(format!("the prompt has {bytes} bytes; at most {} are taken", limits::PROMPT_BYTES_MAX));
         }

@@ -2,6 +2,7 @@
 use std::process::ExitCode;
 
 use anyhow::{Result, bail};
+use capstan_cluster::Ticket;
 use capstan_proto::manage::{ClusterStatus, DeploymentStatus, DeviceStatus, Health, NodeStatus};
 use clap::Args;
 use serde_json::json;
@@ -72,8 +73,18 @@ pub async fn join(config: &Config, args: &JoinArgs, json: bool) -> Result<ExitCo
     if ticket.is_empty() {
         bail!("the ticket is empty; run the line that `capstan up` or `capstan ticket` printed on a member");
     }
-    let (client, _) = lifecycle::ensure_up(config).await?;
-    let status = client.join(&ticket).await?;
+    // A mistyped ticket starts no daemon. Whether it has expired is for the clock of its cluster to say.
+    ticket.parse::<Ticket>()?;
+    let (client, started) = lifecycle::ensure_up(config).await?;
+    let status = match client.join(&ticket).await {
+        Ok(status) => status,
+        Err(error) => {
+            if started && let Err(error) = client.stop().await {
+                eprintln!("the daemon that was started for this could not be stopped again: {error}");
+            }
+            return Err(error.into());
+        }
+    };
     if json {
         view::print_json(&status)?;
         return Ok(ExitCode::SUCCESS);

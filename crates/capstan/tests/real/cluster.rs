@@ -168,14 +168,34 @@ async fn wrong_requests_get_a_sentence_and_the_right_status() {
         (vec!["load", path.to_str().unwrap(), "--name", "x", "--layers", "alpha=0..10"], "30"),
         (vec!["load", path.to_str().unwrap(), "--name", "x", "--nodes", "delta"], "delta"),
         (vec!["load", path.to_str().unwrap(), "--name", "smol"], "smol"),
+        (vec!["load", path.to_str().unwrap(), "--name", "x", "--ctx", "1"], "ctx"),
         (vec!["unload", "nobody"], "nobody"),
         (vec!["join", "capstan1nonsense"], "ticket"),
     ] {
         let (ok, out, err) = try_capstan(&node.data_dir, &args).await;
         assert!(!ok && err.contains(word), "{args:?}: {out}\n{err}");
     }
+    // A file that only llama.cpp finds wrong: the load ends with its sentence, and nothing is left.
+    let lying = cluster.folder.path().join("lying.gguf");
+    std::fs::write(&lying, with_more_layers(&bytes)).unwrap();
+    for layers in ["alpha=0..31", "alpha=0..15,alpha=15..31"] {
+        let args = ["load", lying.to_str().unwrap(), "--name", "liar", "--layers", layers];
+        let (ok, out, err) = try_capstan(&node.data_dir, &args).await;
+        assert!(!ok && err.contains("blk."), "{layers}: {out}\n{err}");
+    }
+    assert!(node.deployment("liar").await.is_none());
     // After all that the daemon still answers.
     assert_eq!(node.post("/v1/chat/completions", &chat("smol", "hi", 2)).await.0, 200);
+}
+
+/// The model with a layer more in its metadata than it has tensors for.
+fn with_more_layers(gguf: &[u8]) -> Vec<u8> {
+    let key = b"llama.block_count";
+    let at = gguf.windows(key.len()).position(|w| w == key).expect("the key is there") + key.len() + 4;
+    let mut out = gguf.to_vec();
+    assert_eq!(out[at], 30);
+    out[at] = 31;
+    out
 }
 
 #[tokio::test(flavor = "multi_thread")]
