@@ -38,8 +38,7 @@ fn check(options: &ApiOptions, authority: Option<&str>, origin: Option<&str>) ->
         let host = host_of(authority);
         if !is_loopback(host) && !allowed.iter().any(|a| a.eq_ignore_ascii_case(host)) {
             return forbidden(format!(
-                "this API is for this machine and does not answer to the host {:?}; use 127.0.0.1 or localhost, or add \
-                 the host to the allowed hosts in the configuration",
+                "this API is for this machine and does not answer to the host {:?}; use 127.0.0.1 or localhost",
                 quote(host)
             ));
         }
@@ -51,7 +50,7 @@ fn check(options: &ApiOptions, authority: Option<&str>, origin: Option<&str>) ->
         Ok(())
     } else {
         forbidden(format!(
-            "a web page of {:?} may not use this API; add its host to the allowed hosts in the configuration",
+            "a web page of {:?} may not use this API; only pages that this node serves may",
             quote(origin)
         ))
     }

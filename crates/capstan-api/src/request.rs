@@ -9,7 +9,7 @@ use crate::error::ApiError;
 
 /// One value or several.
 #[derive(Clone, Debug, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a string or an array of strings")]
 pub(crate) enum OneOrMany {
     One(String),
     Many(Vec<String>),
@@ -17,7 +17,7 @@ pub(crate) enum OneOrMany {
 
 /// The prompt of a completion.
 #[derive(Clone, Debug, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a string, an array with one string, or an array of token ids")]
 pub(crate) enum CompletionPrompt {
     Text(String),
     Tokens(Vec<i32>),

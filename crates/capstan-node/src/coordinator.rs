@@ -9,25 +9,30 @@
 //!      │ one ended, away        │ a link broke, all live            │
 //!      └────────────────────────┴───────────────────────────────────┘ Recovering
 //! ```
+mod cuts;
+mod ending;
+
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
 use capstan_planner::StagePlan;
 use capstan_proto::child::{ChildStats, PeerAddr, StageInfo, WindowIo, Wiring};
-use capstan_proto::control::{ShardRef, StageCommand, StageEvent, StageOrder, clip};
+use capstan_proto::control::{StageCommand, StageEvent, StageOrder, clip};
 use capstan_proto::manage::{DeploymentStatus, Health, LoadEvent, StageStatus};
 use capstan_proto::{Epoch, NodeId};
 use tokio::sync::{mpsc, oneshot};
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{Instant, sleep_until};
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::blueprint::Blueprint;
+use crate::coordinator::cuts::Cut;
 use crate::node::Shared;
 use crate::session::{self, SessionEvent};
 
 /// Messages that wait for a coordinator's task.
 const QUEUE: usize = 1024;
-/// Ends of one stage within [`CRASH_WINDOW`] after which it is not started again: it would only end again.
+/// Ends of one stage within [`CRASH_WINDOW`] after which it is not started again, if it does not even come up.
 const CRASHES_MAX: usize = 5;
 /// Broken links within [`CRASH_WINDOW`] after which a deployment counts as failed.
 const REWIRES_MAX: usize = 20;
@@ -39,8 +44,10 @@ const SETTLE: Duration = Duration::from_millis(300);
 const AWAY_RETRY: Duration = Duration::from_secs(1);
 /// How long all links may take to stand before they are made anew.
 const WIRE_TIMEOUT: Duration = Duration::from_secs(20);
-/// How long stages may take to end.
-const END_TIMEOUT: Duration = Duration::from_secs(8);
+
+/// How long a stage may leave wirings unanswered; then its process hangs and is started again. More than one wiring,
+/// because a healthy stage answers only when the micro-batch at hand is computed.
+const HUNG_AFTER: Duration = Duration::from_secs(2 * WIRE_TIMEOUT.as_secs());
 
 /// What a coordinator is told.
 pub(crate) enum Message {
@@ -58,13 +65,6 @@ pub(crate) enum Message {
     Unload(oneshot::Sender<()>),
 }
 
-/// A shard that has been cut.
-pub(crate) struct Cut {
-    path: std::path::PathBuf,
-    /// What it is offered as; none for a stage of this node.
-    shard: Option<ShardRef>,
-}
-
 struct Stage {
     plan: StagePlan,
     io: WindowIo,
@@ -73,6 +73,8 @@ struct Stage {
     commands: Option<mpsc::Sender<StageCommand>>,
     loaded: Option<(PeerAddr, StageInfo)>,
     connected: bool,
+    /// Since when it has said neither that its links stand nor that they do not.
+    silent_since: Option<Instant>,
     stats: ChildStats,
     cutting: bool,
     cut: Option<Cut>,
@@ -99,6 +101,11 @@ pub(crate) struct Coordinator {
     /// A link of this epoch broke; what else breaks follows from it.
     mending: bool,
     rewires: VecDeque<Instant>,
+    /// Ends what is being cut; when the coordinator is gone, too.
+    cuts_stop: CancellationToken,
+    _cuts_stop: DropGuard,
+    /// Who waits until the deployment is unloaded.
+    unloads: Vec<oneshot::Sender<()>>,
 }
 
 /// How to reach a coordinator's task.
@@ -124,6 +131,7 @@ impl Coordinator {
                 commands: None,
                 loaded: None,
                 connected: false,
+                silent_since: None,
                 stats: ChildStats::default(),
                 cutting: false,
                 cut: None,
@@ -132,6 +140,7 @@ impl Coordinator {
             })
             .collect();
         let initial = progress.is_some();
+        let cuts_stop = CancellationToken::new();
         let coordinator = Self {
             shared,
             stages,
@@ -149,6 +158,9 @@ impl Coordinator {
             rewire_at: None,
             mending: false,
             rewires: VecDeque::new(),
+            _cuts_stop: cuts_stop.clone().drop_guard(),
+            cuts_stop,
+            unloads: Vec::new(),
             blueprint,
         };
         (coordinator, outbox)
@@ -167,9 +179,9 @@ impl Coordinator {
                 // The inbox never closes: the coordinator holds a sender itself.
                 message = self.inbox.recv() => match message {
                     Some(Message::Unload(done)) => {
+                        self.unloads.push(done);
                         self.end_stages().await;
                         self.remove().await;
-                        done.send(()).ok();
                         return;
                     }
                     Some(message) => self.handle(message),
@@ -184,6 +196,10 @@ impl Coordinator {
                     return;
                 }
                 self.fail(failure).await;
+                if !self.unloads.is_empty() {
+                    self.remove().await;
+                    return;
+                }
             }
         }
     }
@@ -279,54 +295,6 @@ impl Coordinator {
         }
     }
 
-    /// Cuts a stage's shard in the background and offers it when its node is another.
-    fn begin_cut(&mut self, i: usize) {
-        let stage = &mut self.stages[i];
-        if stage.cutting {
-            return;
-        }
-        stage.cutting = true;
-        let here = stage.plan.node == self.shared.id;
-        let range = stage.plan.layers;
-        let (shared, blueprint, outbox) = (self.shared.clone(), self.blueprint.clone(), self.outbox.clone());
-        tokio::spawn(async move {
-            let progress = {
-                let outbox = outbox.clone();
-                // Progress may be dropped: the next one says more.
-                move |done, total| drop(outbox.try_send(Message::Cutting(i, done, total)))
-            };
-            let cut = async {
-                let path = shared.cutter.cut(blueprint.id, &blueprint.model, range, progress).await?;
-                if here {
-                    return Ok(Cut { path, shard: None });
-                }
-                let offer = shared.store.offer(&path, |_, _| {}).await.map_err(|e| e.to_string())?;
-                let shard = ShardRef { hash: offer.hash, bytes: offer.bytes };
-                shared.cutter.remember(&blueprint.model, range, shard);
-                Ok(Cut { path, shard: Some(shard) })
-            };
-            let result = cut.await;
-            outbox.send(Message::Cut(i, result)).await.ok();
-        });
-    }
-
-    /// A stage elsewhere has its shard: what was cut for it can go.
-    fn drop_cut(&mut self, i: usize) {
-        if let Some(Cut { path, shard: Some(shard) }) = self.stages[i].cut.take() {
-            let shared = self.shared.clone();
-            tokio::spawn(async move {
-                if let Err(error) = shared.store.withdraw(&shard.hash).await {
-                    tracing::warn!(%error, "a shard could not be withdrawn");
-                }
-                if shared.cutter.is_cut(&path)
-                    && let Err(error) = tokio::fs::remove_file(&path).await
-                {
-                    tracing::warn!(%error, ?path, "a shard that is not needed any more could not be removed");
-                }
-            });
-        }
-    }
-
     fn heard(&mut self, i: usize, event: StageEvent) -> Result<(), String> {
         let stage = i as u16;
         match event {
@@ -353,12 +321,14 @@ impl Coordinator {
             }
             StageEvent::Connected { epoch } if epoch == self.epoch => {
                 self.stages[i].connected = true;
+                self.stages[i].silent_since = None;
                 if self.stages.iter().all(|s| s.connected) {
                     self.ready();
                 }
             }
             StageEvent::Lost { epoch, reason } if epoch == self.epoch => {
                 tracing::warn!(model = self.blueprint.name, stage = i, reason, "a link broke");
+                self.stages[i].silent_since = None;
                 // While a stage is down, broken links only follow from that.
                 if self.stages.iter().all(|s| s.loaded.is_some()) && !self.mending {
                     self.mending = true;
@@ -381,12 +351,14 @@ impl Coordinator {
         stage.commands = None;
         stage.loaded = None;
         stage.connected = false;
+        stage.silent_since = None;
         stage.stats = ChildStats::default();
         // What waits for this stage is wired when it is back.
         self.rewire_at = None;
     }
 
     fn ended(&mut self, i: usize, reason: String) -> Result<(), String> {
+        let had_served = self.stages[i].connected;
         self.down(i);
         let what = format!("{} {reason}", self.name_stage(i));
         if self.initial {
@@ -399,7 +371,9 @@ impl Coordinator {
             crashes.pop_front();
         }
         let times = crashes.len();
-        if times >= CRASHES_MAX {
+        // A stage that comes up and is killed again and again is worth starting once more; one that does not come up is
+        // not.
+        if times >= CRASHES_MAX && !had_served {
             return Err(format!(
                 "{what}, for the {times}th time within a minute; unload the model and see the node's log"
             ));
@@ -467,7 +441,12 @@ impl Coordinator {
                     self.detail
                 ));
             }
-            if self.stages.iter().all(|s| s.loaded.is_some()) {
+            let hangs = |s: &Stage| s.silent_since.is_some_and(|t| now.duration_since(t) > HUNG_AFTER);
+            let hung = self.stages.iter().position(hangs);
+            if let Some(i) = hung {
+                // Without its commands the session ends, and with it the process, by force if need be.
+                self.ended(i, "hangs: it does not answer when it is to be connected".to_owned())?;
+            } else if self.stages.iter().all(|s| s.loaded.is_some()) {
                 self.wire();
             }
         }
@@ -484,6 +463,7 @@ impl Coordinator {
             (0..n).map(|i| Wiring { epoch: self.epoch, prev: addr(i + n - 1), next: addr(i + 1) }).collect();
         for (stage, wiring) in self.stages.iter_mut().zip(wirings) {
             stage.connected = false;
+            stage.silent_since.get_or_insert_with(Instant::now);
             if let Some(commands) = &stage.commands {
                 commands.try_send(StageCommand::Connect(wiring)).ok();
             }
@@ -557,65 +537,5 @@ impl Coordinator {
     fn publish(&self) {
         self.note();
         self.shared.deployments_changed.notify_one();
-    }
-
-    /// Stops all stages and waits until their processes are gone.
-    async fn end_stages(&mut self) {
-        for stage in &mut self.stages {
-            stage.retry_at = None;
-            if let Some(commands) = &stage.commands {
-                commands.try_send(StageCommand::Stop).ok();
-            }
-        }
-        self.rewire_at = None;
-        let all_ended = async {
-            while self.stages.iter().any(|s| s.commands.is_some()) {
-                let over = match self.inbox.recv().await {
-                    Some(Message::Session(
-                        i,
-                        g,
-                        SessionEvent::Stage(StageEvent::Ended { .. }) | SessionEvent::Away(_),
-                    ))
-                    | Some(Message::Closed(i, g)) => (i, g),
-                    Some(_) => continue,
-                    None => return,
-                };
-                if self.stages[over.0].generation == over.1 {
-                    self.stages[over.0].commands = None;
-                }
-            }
-        };
-        if timeout(END_TIMEOUT, all_ended).await.is_err() {
-            tracing::warn!(model = self.blueprint.name, "some stages did not end in time; their nodes end them");
-        }
-        for i in 0..self.stages.len() {
-            self.down(i);
-            self.drop_cut(i);
-        }
-    }
-
-    async fn remove(&mut self) {
-        self.shared.deployments.remove(self.blueprint.id);
-        self.shared.cutter.clear(self.blueprint.id).await;
-        self.shared.push_deployments().await;
-    }
-
-    async fn fail_load(&mut self, message: String) {
-        tracing::warn!(model = self.blueprint.name, message, "a load failed");
-        self.end_stages().await;
-        self.remove().await;
-        if let Some(progress) = self.progress.take() {
-            progress.send(LoadEvent::Failed { message }).await.ok();
-        }
-    }
-
-    async fn fail(&mut self, message: String) {
-        tracing::error!(model = self.blueprint.name, message, "a deployment failed");
-        self.abort_requests(&message);
-        self.health = Health::Failed;
-        self.detail = clip(message);
-        self.publish();
-        self.end_stages().await;
-        self.publish();
     }
 }

@@ -13,8 +13,10 @@ use std::time::UNIX_EPOCH;
 use capstan_gguf::Model;
 use capstan_proto::control::ShardRef;
 use capstan_proto::{DeploymentId, LayerRange};
+use capstan_store::Store;
 use serde::{Deserialize, Serialize};
 use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
 
 use crate::error::NodeError;
 use crate::files;
@@ -23,6 +25,8 @@ use crate::files;
 const HASHED_BYTES: u64 = 16 << 20;
 /// Most hashes that are remembered; the oldest are not told apart, so all are forgotten then.
 const HASHES_MAX: usize = 4096;
+/// What became of a shard that nobody wants any more.
+pub(crate) const CANCELLED: &str = "it was stopped";
 
 /// A model file of this node, open.
 #[derive(Clone)]
@@ -110,12 +114,14 @@ impl Cutter {
     }
 
     /// Writes the shard of a range for a deployment and gives its path. A model of one file that stays whole is its own
-    /// shard.
+    /// shard. Shards in the store that no stage uses make way for it. Cancelled, it leaves nothing behind.
     pub(crate) async fn cut(
         &self,
         deployment: DeploymentId,
         model: &OpenModel,
         range: LayerRange,
+        store: &Store,
+        cancelled: &CancellationToken,
         mut progress: impl FnMut(u64, u64) + Send + 'static,
     ) -> Result<PathBuf, String> {
         if let [only] = model.model.files()
@@ -125,16 +131,25 @@ impl Cutter {
         }
         let dir = self.dir.join(deployment.to_string());
         let path = dir.join(format!("{}-{}.gguf", range.start(), range.end()));
-        let _turn = self.turn.acquire().await.map_err(|e| e.to_string())?;
+        let _turn = tokio::select! {
+            turn = self.turn.acquire() => turn.map_err(|e| e.to_string())?,
+            () = cancelled.cancelled() => return Err(CANCELLED.into()),
+        };
         if path.exists() {
             return Ok(path);
         }
-        let model = model.model.clone();
+        if let Err(error) = store.make_room(model.model.shard_bytes(range)).await {
+            tracing::warn!(%error, "no room could be made for a shard that is to be cut");
+        }
+        let (model, cancelled) = (model.model.clone(), cancelled.clone());
         let cut = move || {
+            if cancelled.is_cancelled() {
+                return Err(CANCELLED.into());
+            }
             std::fs::create_dir_all(&dir).map_err(|e| format!("the folder {dir:?} cannot be made: {e}"))?;
             let mut go_on = |done, total| {
                 progress(done, total);
-                ControlFlow::Continue(())
+                if cancelled.is_cancelled() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
             };
             model.write_shard(range, &path, &mut go_on).map_err(|e| e.to_string())?;
             Ok(path)
@@ -142,9 +157,14 @@ impl Cutter {
         tokio::task::spawn_blocking(cut).await.map_err(|e| format!("cutting a shard failed: {e}"))?
     }
 
-    /// Whether a path is a shard that was cut, and not the model itself.
-    pub(crate) fn is_cut(&self, path: &Path) -> bool {
-        path.starts_with(&self.dir)
+    /// Removes a shard that was cut; a model that is its own shard is left alone.
+    pub(crate) async fn discard(&self, path: &Path) {
+        if path.starts_with(&self.dir)
+            && let Err(error) = tokio::fs::remove_file(path).await
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
+            tracing::warn!(%error, ?path, "a shard that is not needed any more could not be removed");
+        }
     }
 
     /// Removes what was cut for a deployment.
@@ -155,5 +175,38 @@ impl Cutter {
         {
             tracing::warn!(%error, ?dir, "shards that are not needed any more could not be removed");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_cut_that_is_cancelled_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("tiny.gguf");
+        capstan_testkit::tiny::write("llama", &path).unwrap();
+        let model = OpenModel::open(&path).unwrap();
+        let (cutter, store) = (Cutter::open(dir.path()).unwrap(), Store::open(dir.path()).unwrap());
+        let (id, range) = (DeploymentId(1), LayerRange::new(0, 1).unwrap());
+        let files = || std::fs::read_dir(dir.path().join("shards-out").join(id.to_string())).map_or(0, Iterator::count);
+
+        let stop = CancellationToken::new();
+        let at_once = stop.clone();
+        let cut = cutter.cut(id, &model, range, &store, &stop, move |_, _| at_once.cancel()).await;
+        assert!(cut.is_err() && files() == 0, "{cut:?}");
+        let fresh = CancellationToken::new();
+        let cut = cutter.cut(id, &model, range, &store, &fresh, |_, _| {}).await.unwrap();
+        assert!(cut.exists() && files() == 1);
+        // One that waits for its turn does not come to it.
+        let turn = cutter.turn.acquire().await.unwrap();
+        assert_eq!(cutter.cut(id, &model, range, &store, &stop, |_, _| {}).await, Err(CANCELLED.into()));
+        drop(turn);
+        cutter.discard(&path).await;
+        assert!(path.exists(), "a model is not a shard that was cut");
+        cutter.discard(&cut).await;
+        assert_eq!(files(), 0);
+        store.shutdown().await;
     }
 }

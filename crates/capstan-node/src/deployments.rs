@@ -25,6 +25,8 @@ const LOAD_QUEUE: usize = 256;
 const CTX_DEFAULT: u32 = 4096;
 /// Longest context that may be asked for: beyond any model, so that products stay far from overflow.
 const CTX_MAX: u32 = 1 << 24;
+/// Least context: a token of the prompt and one of the answer.
+const CTX_MIN: u32 = 2;
 /// Slots where the user says nothing.
 const SLOTS_DEFAULT: u32 = 4;
 /// Most rows of a micro-batch: llama.cpp's own default.
@@ -241,8 +243,8 @@ pub(crate) async fn load(shared: &Arc<Shared>, request: LoadRequest) -> Result<m
     if decode_batch == 0 || decode_batch > slots {
         return Err(bad(format!("decode_batch is {decode_batch}; take 1 to the number of slots, {slots}")));
     }
-    if request.ctx.is_some_and(|c| c == 0 || c > CTX_MAX) {
-        return Err(bad(format!("ctx is {}; take 1 to {CTX_MAX} tokens", request.ctx.unwrap_or(0))));
+    if request.ctx.is_some_and(|c| !(CTX_MIN..=CTX_MAX).contains(&c)) {
+        return Err(bad(format!("ctx is {}; take {CTX_MIN} to {CTX_MAX} tokens", request.ctx.unwrap_or(0))));
     }
     if request.nodes.len() > limits::MEMBERS_MAX || request.layers.len() > limits::LAYERS_MAX as usize {
         return Err(bad("more nodes are named than a cluster can have"));

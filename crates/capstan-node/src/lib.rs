@@ -12,9 +12,12 @@
 //! | `deployments`, `blueprint`, `coordinator`, `cutter` | load and place; bring up, wire, mend; shards for others |
 //! | `session` | a coordinator's hold on one stage, wherever it runs |
 //! | `stages`, `requests` | the stages that run here; a request's events, bounded |
+//! | `arrival`, `runs` | a stage's shard comes; one run of a stage follows another |
 //! | `generate` | a request's way to its driver and back |
 //! | `machine` | memory and devices |
+//! | `throttle` | progress that is reported only so often |
 
+mod arrival;
 mod blueprint;
 pub mod config;
 mod control_client;
@@ -32,10 +35,12 @@ mod machine;
 mod membership;
 pub mod node;
 mod requests;
+mod runs;
 pub mod service;
 mod service_impl;
 mod session;
 mod stages;
+mod throttle;
 mod view;
 
 pub use config::NodeConfig;

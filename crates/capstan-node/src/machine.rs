@@ -66,7 +66,11 @@ impl Machine {
             system.refresh_memory();
             // A container may have less than its machine.
             match system.cgroup_limits() {
-                Some(c) => (system.total_memory().min(c.total_memory), system.available_memory().min(c.free_memory)),
+                Some(c) => {
+                    // The container's free memory leaves the page cache out, which gives way: what counts is anonymous.
+                    let free = c.total_memory.saturating_sub(c.rss);
+                    (system.total_memory().min(c.total_memory), system.available_memory().min(free))
+                }
                 None => (system.total_memory(), system.available_memory()),
             }
         };

@@ -7,9 +7,11 @@ use capstan_proto::{NodeId, limits};
 use iroh::endpoint::{RecvStream, SendStream, VarInt};
 use tokio::sync::mpsc;
 
+use crate::arrival::ShardSource;
 use crate::frames;
 use crate::node::Shared;
-use crate::stages::{STAGE_QUEUE, ShardSource, run_stage};
+use crate::runs::Orders;
+use crate::stages::{STAGE_QUEUE, run_stage};
 
 /// Stream code of a side that gives up.
 const GONE: VarInt = VarInt::from_u32(1);
@@ -33,7 +35,8 @@ pub(crate) fn open_local(shared: &Arc<Shared>, order: StageOrder, shard: PathBuf
     let (commands, command_rx) = mpsc::channel(STAGE_QUEUE);
     let (stage_tx, mut stage_rx) = mpsc::channel(STAGE_QUEUE);
     let (event_tx, events) = mpsc::channel(STAGE_QUEUE);
-    tokio::spawn(run_stage(shared.clone(), order, ShardSource::Local(shard), command_rx, stage_tx));
+    let orders = Orders { commands: command_rx, sender: commands.downgrade() };
+    tokio::spawn(run_stage(shared.clone(), order, ShardSource::Local(shard), orders, stage_tx));
     tokio::spawn(async move {
         while let Some(event) = stage_rx.recv().await {
             if event_tx.send(SessionEvent::Stage(event)).await.is_err() {
@@ -107,7 +110,8 @@ pub(crate) async fn serve(
 ) {
     let (commands, command_rx) = mpsc::channel(STAGE_QUEUE);
     let (event_tx, mut events) = mpsc::channel(STAGE_QUEUE);
-    tokio::spawn(run_stage(shared, order, ShardSource::Fetch(coordinator), command_rx, event_tx));
+    let orders = Orders { commands: command_rx, sender: commands.downgrade() };
+    tokio::spawn(run_stage(shared, order, ShardSource::Fetch(coordinator), orders, event_tx));
     let reader = tokio::spawn(async move {
         // Whatever ends this loop drops `commands`, which ends the stage.
         while let Ok(Some(command)) = frames::read(&mut recv, limits::MESSAGE_BYTES_MAX).await {

@@ -4,21 +4,22 @@
 //! in, events go out, and when the commands' sender is gone the stage ends. Nothing in it waits for a slow reader, so
 //! the child's messages are always taken at once.
 use std::collections::HashMap;
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use capstan_compute::host::{self, ChildReceiver, ChildSender, SpawnOptions};
 use capstan_proto::child::{CHILD_VERSION, FromChild, ToChild};
-use capstan_proto::control::{ShardRef, StageCommand, StageEvent, StageOrder, clip};
+use capstan_proto::control::{StageCommand, StageEvent, StageOrder, clip};
 use capstan_proto::generate::{ErrorKind, GenerateEvent, GenerateRequest, RequestError};
-use capstan_proto::{DeploymentId, Epoch, NodeId, RequestId, limits};
+use capstan_proto::{DeploymentId, Epoch, RequestId, limits};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep_until, timeout};
 
+use crate::arrival::{ShardSource, shard_file};
 use crate::node::Shared;
 use crate::requests::{EventSender, EventStream, is_last, request_queue};
+use crate::runs::{self, Before, Orders, Runs, unless_stopped};
 
 /// Commands and events that wait between a stage and its coordinator. Both sides take them at once; a queue that is
 /// full means that the other side is gone.
@@ -31,29 +32,24 @@ const CHILD_QUEUE: usize = 64;
 const HELLO_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long a child may take to end by itself.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(3);
+/// How long a child that could not load may take to end by itself.
+const FAILED_GRACE: Duration = Duration::from_secs(3);
 /// How long a child may leave its standard input unread before it counts as hung.
 const CHILD_SEND_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the driver waits for the coordinator to say why the pipeline broke, before it tells clients only that.
 const REASON_WAIT: Duration = Duration::from_millis(500);
-
-/// Where a stage's shard comes from.
-pub(crate) enum ShardSource {
-    /// A file of this node.
-    Local(PathBuf),
-    /// The coordinator offers it.
-    Fetch(NodeId),
-}
 
 struct Submit {
     body: Box<GenerateRequest>,
     reply: oneshot::Sender<Result<EventStream, RequestError>>,
 }
 
-/// The drivers that this node runs.
+/// The stages that this node runs, and the drivers among them.
 #[derive(Default)]
 pub(crate) struct StageHost {
     drivers: Mutex<HashMap<DeploymentId, (u64, mpsc::Sender<Submit>)>>,
     next: AtomicU64,
+    runs: Runs,
 }
 
 impl StageHost {
@@ -83,15 +79,19 @@ fn busy() -> RequestError {
 }
 
 /// Tells the coordinator. Essential events that cannot be told end the stage.
-struct Events(mpsc::Sender<StageEvent>);
+pub(crate) struct Events(mpsc::Sender<StageEvent>);
 
 impl Events {
-    fn must(&self, event: StageEvent) -> Result<(), String> {
+    pub(crate) fn must(&self, event: StageEvent) -> Result<(), String> {
         self.0.try_send(event).map_err(|_| "was stopped because its coordinator is gone".to_owned())
     }
-    fn may(&self, event: StageEvent) {
-        // Progress and counters: the next one says more.
-        self.0.try_send(event).ok();
+
+    pub(crate) fn may(&self, event: StageEvent) {
+        // Progress and counters: the next one says more, and while the coordinator reads slowly, essential events
+        // need the room.
+        if self.0.capacity() > STAGE_QUEUE / 2 {
+            self.0.try_send(event).ok();
+        }
     }
 }
 
@@ -100,15 +100,23 @@ pub(crate) async fn run_stage(
     shared: std::sync::Arc<Shared>,
     order: StageOrder,
     source: ShardSource,
-    commands: mpsc::Receiver<StageCommand>,
+    orders: Orders,
     events: mpsc::Sender<StageEvent>,
 ) {
     let (deployment, stage, name) = (order.spec.deployment, order.spec.stage, order.spec.model_name.clone());
     let stop = shared.stop.clone();
     let stage_stop = shared.stages_stop();
     let last = events.clone();
+    let coordinator = match source {
+        ShardSource::Local(_) => shared.id,
+        ShardSource::Fetch(coordinator) => coordinator,
+    };
+    let Orders { commands, sender } = orders;
+    let (run, before) = shared.stages.runs.enter((coordinator, deployment, stage), sender);
+    let task = StageTask::run(&shared, order, source, before, commands, Events(events));
     let reason = tokio::select! {
-        end = StageTask::run(&shared, order, source, commands, Events(events)) => end.err().unwrap_or_else(|| "was stopped".into()),
+        end = task => end.err().unwrap_or_else(|| "was stopped".into()),
+        () = run.cut_off.cancelled() => "was ended because its coordinator started it anew".into(),
         () = stop.cancelled() => "was stopped with its node".into(),
         () = stage_stop.cancelled() => "was stopped because its node left the cluster".into(),
     };
@@ -156,10 +164,18 @@ impl StageTask<'_> {
         shared: &Shared,
         mut order: StageOrder,
         source: ShardSource,
+        before: Option<Before>,
         mut commands: mpsc::Receiver<StageCommand>,
         events: Events,
     ) -> Result<(), String> {
-        let reservation = shared.machine.reserve(order.memory_bytes).map_err(|free| {
+        let room = async {
+            if let Some(before) = before {
+                before.ended().await;
+            }
+            runs::reserve(shared, order.memory_bytes).await
+        };
+        let Some(room) = unless_stopped(&mut commands, room).await else { return Ok(()) };
+        let reservation = room.map_err(|free| {
             format!(
                 "has not enough memory: it needs {} and {} are free there, so {} are missing",
                 capstan_planner::human_bytes(order.memory_bytes),
@@ -167,8 +183,8 @@ impl StageTask<'_> {
                 capstan_planner::human_bytes(order.memory_bytes.saturating_sub(free))
             )
         })?;
-        let Some(path) = shard_file(shared, &order, source, &mut commands, &events).await? else { return Ok(()) };
-        order.spec.shard = path;
+        let Some(shard) = shard_file(shared, &order, source, &mut commands, &events).await? else { return Ok(()) };
+        order.spec.shard = shard.path.clone();
         order.spec.threads = shared.config.threads;
         order.spec.gpu_layers = shared.config.gpu_layers;
         order.spec.bind = shared.config.bind_addr.ip();
@@ -180,7 +196,10 @@ impl StageTask<'_> {
         tracing::info!(model = spec.model_name, stage = spec.stage, layers = %spec.layers, pid = child.pid(), "a stage starts");
         let (out, mut messages) = mpsc::channel(CHILD_QUEUE);
         tokio::spawn(read_child(receiver, out));
-        match timeout(HELLO_TIMEOUT, messages.recv()).await {
+        let Some(hello) = unless_stopped(&mut commands, timeout(HELLO_TIMEOUT, messages.recv())).await else {
+            return Ok(());
+        };
+        match hello {
             Ok(Some(FromReader::Message(FromChild::Hello { version: CHILD_VERSION }))) => {}
             Ok(Some(FromReader::Message(FromChild::Hello { version }))) => {
                 return Err(format!(
@@ -210,11 +229,16 @@ impl StageTask<'_> {
         };
         task.tell_child(ToChild::Load(Box::new(spec.clone()))).await?;
         let mut failure = None;
+        let mut kill_at = None;
         loop {
             let doom_at = task.doom_at;
             tokio::select! {
                 message = messages.recv() => match message {
-                    Some(FromReader::Message(FromChild::Failed { reason })) => failure = Some(reason),
+                    Some(FromReader::Message(FromChild::Failed { reason })) => {
+                        // It ends by itself; but the load must end whatever it does.
+                        failure = Some(reason);
+                        kill_at = Some(Instant::now() + FAILED_GRACE);
+                    }
                     Some(FromReader::Message(FromChild::Loaded { addr, info })) => {
                         reservation.measured(&info);
                         events.must(StageEvent::Loaded { addr, info })?;
@@ -250,9 +274,16 @@ impl StageTask<'_> {
                     }
                 }
                 () = sleep_until(doom_at.unwrap_or_else(Instant::now)), if doom_at.is_some() => task.flush_doomed(),
+                () = sleep_until(kill_at.unwrap_or_else(Instant::now)), if kill_at.is_some() => {
+                    kill_at = None;
+                    task.child.kill();
+                }
             }
         }
-        task.fail_all(ErrorKind::Unavailable, "the model was unloaded while the answer was being made; load it again");
+        task.fail_all(
+            ErrorKind::Unavailable,
+            "the model was unloaded, or its node is stopping, while the answer was being made; see `capstan status`",
+        );
         task.tell_child(ToChild::Shutdown).await.ok();
         let ended = async { while !matches!(messages.recv().await, Some(FromReader::Exit(_)) | None) {} };
         if timeout(SHUTDOWN_TIMEOUT, ended).await.is_err() {
@@ -319,8 +350,11 @@ impl StageTask<'_> {
             return Ok(());
         }
         let last = is_last(&event);
-        // Events of a request that was cancelled or aborted may still arrive.
-        let Some(queue) = self.requests.get(&request) else { return Ok(()) };
+        let Some(queue) = self.requests.get(&request) else {
+            // Events of a request that was cancelled may still arrive. One that was given up while its prompt was
+            // still being made reached the driver afterwards: nobody reads it, so it must not hold a slot.
+            return if last { Ok(()) } else { self.tell_child(ToChild::Cancel { request }).await };
+        };
         let put = queue.put(event);
         if last {
             self.requests.remove(&request);
@@ -414,52 +448,6 @@ impl Drop for Registered<'_> {
         // A later stage of the same deployment may have taken the place already.
         if drivers.get(&self.deployment).is_some_and(|(key, _)| *key == self.key) {
             drivers.remove(&self.deployment);
-        }
-    }
-}
-
-/// The file to load; none when the stage was stopped while it waited.
-async fn shard_file(
-    shared: &Shared,
-    order: &StageOrder,
-    source: ShardSource,
-    commands: &mut mpsc::Receiver<StageCommand>,
-    events: &Events,
-) -> Result<Option<PathBuf>, String> {
-    let coordinator = match source {
-        ShardSource::Local(path) => return Ok(Some(path)),
-        ShardSource::Fetch(coordinator) => coordinator,
-    };
-    let trouble = |e: capstan_store::StoreError| format!("could not get its shard: {e}");
-    if let Some(shard) = order.shard
-        && let Some(path) = shared.store.local_verified(&shard.hash).await.map_err(trouble)?
-    {
-        events.must(StageEvent::Fetched)?;
-        return Ok(Some(path));
-    }
-    events.must(StageEvent::NeedShard)?;
-    let shard: ShardRef = loop {
-        match commands.recv().await {
-            Some(StageCommand::Fetch(shard)) => break shard,
-            Some(StageCommand::Stop) | None => return Ok(None),
-            Some(_) => {}
-        }
-    };
-    let member =
-        shared.membership.get(coordinator).ok_or("could not get its shard: its coordinator left the cluster")?;
-    let from = crate::endpoint::dial_addr(coordinator, &member.addrs).ok_or("could not get its shard: a bad key")?;
-    let progress = |done_bytes, total_bytes| events.may(StageEvent::Fetching { done_bytes, total_bytes });
-    let fetch = shared.store.fetch(&shared.endpoint, from, shard.hash, shard.bytes, progress);
-    tokio::pin!(fetch);
-    loop {
-        tokio::select! {
-            path = &mut fetch => {
-                let path = path.map_err(trouble)?;
-                events.must(StageEvent::Fetched)?;
-                return Ok(Some(path));
-            }
-            // What has arrived stays for the next attempt.
-            command = commands.recv() => if matches!(command, Some(StageCommand::Stop) | None) { return Ok(None) },
         }
     }
 }

@@ -1,15 +1,16 @@
 //! Several nodes in one process, over loopback: joining, leaving, refusing, placing, and bringing shards.
 //!
-//! No compute process is needed here: the command that should start one ends at once, which is itself a case.
+//! No compute process is needed here: the command that should start one ends at once, or says by rote what a test needs.
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use capstan_node::{Node, NodeConfig, NodeError, Service};
-use capstan_proto::LayerRange;
+use capstan_proto::child::{CHILD_VERSION, FromChild, PeerAddr, StageInfo};
 use capstan_proto::control::{CONTROL_ALPN, Hello};
 use capstan_proto::generate::{ErrorKind, GenerateRequest, Prompt};
-use capstan_proto::manage::{LoadEvent, LoadRequest, ManageError};
+use capstan_proto::manage::{Health, LoadEvent, LoadRequest, ManageError};
+use capstan_proto::{Epoch, LayerRange, codec, limits};
 use tempfile::TempDir;
 
 fn config(dir: &Path, name: &str) -> NodeConfig {
@@ -80,6 +81,23 @@ async fn outcome(node: &Node, request: LoadRequest) -> Vec<LoadEvent> {
         all.push(event);
     }
     all
+}
+
+/// A compute child that says these messages, then neither listens nor ends. Each start adds its number to the file.
+fn rote_child(dir: &Path, says: &[FromChild]) -> (Vec<std::ffi::OsString>, PathBuf) {
+    let (frames, pids) = (dir.join("frames"), dir.join("frames.pids"));
+    let bytes = says.iter().flat_map(|m| codec::encode(m, limits::MESSAGE_BYTES_MAX).unwrap()).collect::<Vec<_>>();
+    std::fs::write(&frames, bytes).unwrap();
+    let script = r#"[ "$1" = --devices ] && exit 1; echo $$ >> "$0.pids"; cat "$0"; exec sleep 600"#;
+    (vec!["sh".into(), "-c".into(), script.into(), frames.into()], pids)
+}
+
+fn started(pids: &Path) -> Vec<String> {
+    std::fs::read_to_string(pids).unwrap_or_default().lines().map(str::to_owned).collect()
+}
+
+fn lives(pid: &str) -> bool {
+    std::process::Command::new("sh").args(["-c", "kill -0 \"$0\" 2>/dev/null", pid]).status().unwrap().success()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -250,4 +268,63 @@ async fn a_shard_reaches_its_node_and_a_dead_child_ends_the_load() {
     assert_eq!(whole.len(), 1);
     assert!(path.exists(), "the model itself is never taken for a shard");
     assert_eq!(stages.len(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_child_that_cannot_load_is_ended_and_ends_the_load() {
+    let dir = tempfile::tempdir().unwrap();
+    let hello = FromChild::Hello { version: CHILD_VERSION };
+    let (command, pids) = rote_child(dir.path(), &[hello, FromChild::Failed { reason: "a bad tensor".into() }]);
+    let mut config = config(dir.path(), "a");
+    config.compute_command = command;
+    let a = Node::start(config).await.unwrap();
+    let events = outcome(&a, request(&tiny_model(dir.path()))).await;
+    let Some(LoadEvent::Failed { message }) = events.last() else { panic!("{events:?}") };
+    assert!(message.contains("could not load: a bad tensor"), "{message}");
+    let pids = started(&pids);
+    assert!(pids.len() == 1 && !lives(&pids[0]), "{pids:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_coordinator_that_comes_back_gets_its_stage_though_the_old_one_still_ends() {
+    let (a, a_dir) = node("a").await;
+    let path = tiny_model(a_dir.path());
+    let events = outcome(&a, request(&path)).await;
+    let Some(LoadEvent::Planned { stages, .. }) = events.first() else { panic!("{events:?}") };
+    let need = stages[0].memory_bytes;
+
+    // A node with memory for one stage, whose process does not end when it is asked to.
+    let b_dir = tempfile::tempdir().unwrap();
+    let says = [
+        FromChild::Hello { version: CHILD_VERSION },
+        FromChild::Loaded {
+            addr: PeerAddr { key: [7; 32], addrs: vec![] },
+            info: StageInfo { kv_bytes: need, ..StageInfo::default() },
+        },
+        FromChild::Connected { epoch: Epoch(1) },
+    ];
+    let (command, pids) = rote_child(b_dir.path(), &says);
+    let mut b_config = config(b_dir.path(), "b");
+    b_config.compute_command = command;
+    b_config.memory_limit_bytes = Some(need + need / 2);
+    let b = Node::start(b_config).await.unwrap();
+    b.join(a.ticket(600, false).await.unwrap().ticket).await.unwrap();
+    let mut on_b = request(&path);
+    on_b.nodes = vec!["b".into()];
+    let events = outcome(&a, on_b).await;
+    assert!(matches!(events.last(), Some(LoadEvent::Ready { .. })), "{events:?}");
+
+    a.stop().await;
+    a.stopped().await;
+    drop(a);
+    let a = Node::start(config(a_dir.path(), "a")).await.unwrap();
+    let health = || async { a.status().await.deployments.first().map(|d| d.health) };
+    until("it is ready again", || async { health().await == Some(Health::Ready) }).await;
+    let detail = a.status().await.deployments[0].detail.clone();
+    assert!(!detail.contains("memory"), "{detail}");
+    let pids = started(&pids);
+    assert!(pids.len() == 2 && !lives(&pids[0]) && lives(&pids[1]), "{pids:?}");
+    let name = a.status().await.deployments[0].name.clone();
+    a.unload(name).await.unwrap();
+    assert!(!lives(&pids[1]), "unload waits for the process's end");
 }

@@ -330,7 +330,7 @@ impl<'a> Search<'a> {
         let stages: Vec<_> = order.iter().zip(ranges).map(|(node, range)| self.stage(node, range)).collect();
         let mut lines = vec![why.to_owned()];
         if let (Some(reason), 1) = (&self.input.split_problem, stages.len()) {
-            lines.push(format!("it runs whole: {reason}"));
+            lines.push(reason.clone());
         }
         if stages.len() > 1 {
             lines.push("layers lie in proportion to free memory".to_owned());

@@ -36,7 +36,7 @@ const RETRY_PAUSE: Duration = Duration::from_secs(1);
 const SHARD_BYTES_MAX: u64 = 1 << 50;
 
 /// Room that a fetch leaves free on the disk, for logs and for the rest of the machine.
-const SPARE_BYTES: u64 = 64 << 20;
+pub(crate) const SPARE_BYTES: u64 = 64 << 20;
 
 impl Store {
     /// Fetches a shard of `bytes` bytes from node `from` into `shards/` and returns its path.
@@ -44,7 +44,8 @@ impl Store {
     /// A shard that is there and verifies costs no network. What an earlier fetch left is hashed and kept, so
     /// `progress(done, total)`, in bytes and called on the caller's task, starts with what was there. A broken
     /// connection is tried again a few times. Dropping the future, a crash or an error leaves a resumable partial, and
-    /// nothing in `shards/`. The room on the disk is checked first, counting what other fetches still need.
+    /// nothing in `shards/`. The room on the disk is checked first, counting what other fetches still need; where it is
+    /// short, shards that nobody holds make way.
     pub async fn fetch(
         &self,
         endpoint: &Endpoint,
@@ -73,7 +74,7 @@ impl Store {
         progress: &mut (impl FnMut(u64, u64) + Send),
     ) -> Result<PathBuf, StoreError> {
         let turn = self.turn(&hash).await;
-        if let Some(path) = self.check(&hash, false, &turn).await? {
+        if let Some(path) = self.check(&hash, false, &turn, progress).await? {
             let actual_bytes = std::fs::metadata(&path).map_err(|e| StoreError::io("read", &path, e, 1))?.len();
             if actual_bytes != bytes {
                 return Err(StoreError::WrongSize { hash, expected_bytes: bytes, actual_bytes });
@@ -81,7 +82,12 @@ impl Store {
             progress(bytes, bytes);
             return Ok(path);
         }
-        let mut room = self.reserve(&hash, bytes)?;
+        let mut room = match self.reserve(&hash, bytes) {
+            Err(StoreError::DiskFull { missing_bytes, .. }) if self.drop_unused(missing_bytes).await? > 0 => {
+                self.reserve(&hash, bytes)?
+            }
+            other => other?,
+        };
         let mut partial = self.blocking(move |store| Partial::open(&store.inner.layout, &hash, bytes, turn)).await?;
         progress(partial.have_bytes, bytes);
         let mut fruitless = 0;

@@ -21,6 +21,8 @@ const INDEX_BYTES_MAX: u64 = 16 << 20;
 pub(crate) struct Index {
     /// Files in `shards/`, with their stamps when they were verified.
     pub shards: BTreeMap<Hash, Stamp>,
+    /// When they were used last: a clock in milliseconds that never gives the same twice.
+    pub used: BTreeMap<Hash, u64>,
     /// Files served from where they lie.
     pub offers: BTreeMap<Hash, Offered>,
 }
@@ -45,6 +47,8 @@ struct Row {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     path: Option<PathBuf>,
     stamp: Stamp,
+    #[serde(default)]
+    used: u64,
 }
 
 const VERSION: u32 = 1;
@@ -58,6 +62,7 @@ impl Index {
         for row in on_disk.shards {
             if let Some(hash) = parse_hex(&row.hash).filter(|hash| layout.shard(hash).exists()) {
                 index.shards.insert(hash, row.stamp);
+                index.used.insert(hash, row.used);
             }
         }
         for row in on_disk.offers {
@@ -73,7 +78,8 @@ impl Index {
 
     /// Replaces the file in one step.
     pub fn save(&self, layout: &Layout) -> io::Result<()> {
-        let row = |hash: &Hash, path: Option<PathBuf>, stamp: Stamp| Row { hash: hex(hash), path, stamp };
+        let used = |hash: &Hash| self.used.get(hash).copied().unwrap_or(0);
+        let row = |hash: &Hash, path: Option<PathBuf>, stamp| Row { hash: hex(hash), path, stamp, used: used(hash) };
         let on_disk = OnDisk {
             version: VERSION,
             shards: self.shards.iter().map(|(hash, stamp)| row(hash, None, *stamp)).collect(),

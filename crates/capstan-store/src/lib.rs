@@ -23,6 +23,7 @@
 //! | `fetch` | get a shard from another node, resuming |
 //! | `serve` | answer other nodes, read-only, members only |
 //! | `partial` | a shard that is still arriving |
+//! | `room` | which shards are in use, and which go when the disk is full |
 //! | `tree` | hash trees: build, read a file against, encode from |
 //! | `index` | the small file that remembers what was verified |
 //! | `layout` | paths, free space, file stamps, the lock |
@@ -34,6 +35,7 @@ mod fetch;
 mod index;
 mod layout;
 mod partial;
+mod room;
 mod serve;
 mod store;
 mod tree;
@@ -41,6 +43,7 @@ mod tree;
 use std::path::PathBuf;
 
 pub use error::StoreError;
+pub use room::Hold;
 pub use serve::{BLOBS_ALPN, ShardProtocol};
 pub use store::Store;
 pub use tree::hash_file;

@@ -6,6 +6,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::UNIX_EPOCH;
 
 use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard};
 use tokio_util::sync::CancellationToken;
@@ -41,11 +42,22 @@ pub(crate) struct Inner {
 }
 
 #[derive(Debug)]
-struct State {
-    index: Index,
+pub(crate) struct State {
+    pub index: Index,
     /// Shards whose whole content this process has seen, with their stamps then.
     seen: BTreeMap<Hash, Stamp>,
     locks: HashMap<Hash, Arc<AsyncMutex<()>>>,
+    /// How many times each shard is held, see [`Store::hold`].
+    pub held: HashMap<Hash, usize>,
+}
+
+impl State {
+    /// Notes that a shard is used now.
+    fn touch(&mut self, hash: &Hash) {
+        let clock = UNIX_EPOCH.elapsed().map_or(0, |t| t.as_millis() as u64);
+        let last = self.index.used.values().max().copied().unwrap_or(0);
+        self.index.used.insert(*hash, clock.max(last + 1));
+    }
 }
 
 impl Store {
@@ -58,7 +70,7 @@ impl Store {
         layout
             .sweep(|hash| index.offers.contains_key(hash))
             .map_err(|e| StoreError::io("sweep", &layout.blobs, e, 1))?;
-        let state = State { index, seen: BTreeMap::new(), locks: HashMap::new() };
+        let state = State { index, seen: BTreeMap::new(), locks: HashMap::new(), held: HashMap::new() };
         let inner = Inner {
             layout,
             stop: CancellationToken::new(),
@@ -150,18 +162,23 @@ impl Store {
 
     /// Like [`Store::local`], but the whole content has been hashed by this process at least once, and again after any
     /// change of size or time. A shard that does not match is taken out of `shards/` and `None` comes back: the next
-    /// fetch repairs it by getting only its bad ranges.
-    pub async fn local_verified(&self, hash: &Hash) -> Result<Option<PathBuf>, StoreError> {
+    /// fetch repairs it by getting only its bad ranges. `progress(done, total)` counts bytes hashed; dropping the
+    /// future ends the reading.
+    pub async fn local_verified(
+        &self,
+        hash: &Hash,
+        mut progress: impl FnMut(u64, u64) + Send,
+    ) -> Result<Option<PathBuf>, StoreError> {
         self.alive()?;
         let turn = self.turn(hash).await;
-        self.check(hash, false, &turn).await
+        self.check(hash, false, &turn, &mut progress).await
     }
 
     /// Hashes the whole shard now, whatever was known of it. Otherwise like [`Store::local_verified`].
     pub async fn verify(&self, hash: &Hash) -> Result<Option<PathBuf>, StoreError> {
         self.alive()?;
         let turn = self.turn(hash).await;
-        self.check(hash, true, &turn).await
+        self.check(hash, true, &turn, &mut |_, _| {}).await
     }
 
     /// Deletes a shard, complete or partial; an offered file is left alone. Waits for a fetch of it that is under
@@ -170,20 +187,23 @@ impl Store {
         self.alive()?;
         let hash = *hash;
         let _turn = self.turn(&hash).await;
-        self.blocking(move |store| {
-            let layout = &store.inner.layout;
-            let mut had = false;
-            for path in [layout.shard(&hash), layout.partial(&hash), layout.partial_tree(&hash)] {
-                had |= remove_if_there(&path).map_err(|e| StoreError::io("remove", &path, e, 1))?;
-            }
-            store.update(|state| {
-                state.seen.remove(&hash);
-                state.index.shards.remove(&hash)
-            })?;
-            store.drop_tree_if_unused(&hash)?;
-            Ok(had)
-        })
-        .await
+        self.blocking(move |store| store.remove_files(&hash)).await
+    }
+
+    /// What [`Store::remove`] does; the caller holds the hash's turn.
+    pub(crate) fn remove_files(&self, hash: &Hash) -> Result<bool, StoreError> {
+        let layout = &self.inner.layout;
+        let mut had = false;
+        for path in [layout.shard(hash), layout.partial(hash), layout.partial_tree(hash)] {
+            had |= remove_if_there(&path).map_err(|e| StoreError::io("remove", &path, e, 1))?;
+        }
+        self.drop_tree_if_unused(hash)?;
+        self.update(|state| {
+            state.seen.remove(hash);
+            state.index.used.remove(hash);
+            state.index.shards.remove(hash)
+        })?;
+        Ok(had)
     }
 
     /// Complete shards whose files are as they were when verified, by hash.
@@ -224,12 +244,18 @@ impl Store {
 
     /// Waits until nobody else works on this hash.
     pub(crate) async fn turn(&self, hash: &Hash) -> OwnedMutexGuard<()> {
-        let turn = {
-            let mut state = self.state();
-            state.locks.retain(|_, lock| Arc::strong_count(lock) > 1);
-            Arc::clone(state.locks.entry(*hash).or_default())
-        };
-        turn.lock_owned().await
+        self.lock_of(hash).lock_owned().await
+    }
+
+    /// Like [`Store::turn`] where nobody works on this hash now.
+    pub(crate) fn turn_now(&self, hash: &Hash) -> Option<OwnedMutexGuard<()>> {
+        self.lock_of(hash).try_lock_owned().ok()
+    }
+
+    fn lock_of(&self, hash: &Hash) -> Arc<AsyncMutex<()>> {
+        let mut state = self.state();
+        state.locks.retain(|_, lock| Arc::strong_count(lock) > 1);
+        Arc::clone(state.locks.entry(*hash).or_default())
     }
 
     /// The check behind [`Store::local_verified`]; the caller holds the hash's turn.
@@ -238,15 +264,19 @@ impl Store {
         hash: &Hash,
         always: bool,
         _turn: &OwnedMutexGuard<()>,
+        progress: &mut (impl FnMut(u64, u64) + Send),
     ) -> Result<Option<PathBuf>, StoreError> {
         let path = self.inner.layout.shard(hash);
         let Ok(stamp) = Stamp::of(&path) else { return Ok(None) };
         let seen = self.state().seen.get(hash).copied();
         if !always && seen == Some(stamp) {
+            let hash = *hash;
+            // The order of use is a hint: that it could not be written must not stop who uses the shard.
+            self.blocking(move |store| store.update(|state| state.touch(&hash))).await.ok();
             return Ok(Some(path));
         }
         let file = path.clone();
-        let result = self.work(stamp.bytes, &mut |_, _| {}, move |report| tree::hash(&file, report)).await;
+        let result = self.work(stamp.bytes, progress, move |report| tree::hash(&file, report)).await;
         let hash = *hash;
         match result {
             Ok((found, stamp)) if found == hash => {
@@ -268,6 +298,7 @@ impl Store {
         self.update(|state| {
             state.seen.insert(*hash, stamp);
             state.index.shards.insert(*hash, stamp);
+            state.touch(hash);
         })
     }
 
@@ -329,7 +360,7 @@ impl Store {
         Ok(result)
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
         lock(&self.inner.state)
     }
 

@@ -162,7 +162,7 @@ async fn a_shard_arrives_once_on_the_disk_and_stays() {
         b.store.list().iter().map(|s| (s.hash, s.bytes, s.path.clone())).collect::<Vec<_>>(),
         [(offer.hash, SIZE, path.clone())]
     );
-    assert_eq!(b.store.local_verified(&offer.hash).await.expect("a check"), Some(path.clone()));
+    assert_eq!(b.store.local_verified(&offer.hash, |_, _| {}).await.expect("a check"), Some(path.clone()));
     let again = b.store.fetch(b.endpoint(), gone, offer.hash, SIZE, |done, _| assert_eq!(done, SIZE)).await;
     assert_eq!(again.expect("no network is needed"), path);
 
@@ -348,7 +348,7 @@ async fn a_rotten_shard_is_noticed_and_repaired() {
     // A change that shows in the metadata is noticed without being asked to read everything.
     fs::write(&path, &content[..1000]).expect("the shard is overwritten");
     assert_eq!(b.store.local(&offer.hash), None);
-    assert_eq!(b.store.local_verified(&offer.hash).await.expect("a check"), None);
+    assert_eq!(b.store.local_verified(&offer.hash, |_, _| {}).await.expect("a check"), None);
     b.fetch(&a, offer.hash, &mut Vec::new()).await.expect("it is fetched again");
     assert!(fs::read(&path).expect("the shard") == content);
 }
@@ -406,4 +406,35 @@ async fn an_adopted_file_is_moved_and_small_shards_work() {
         let path = b.store.fetch(b.endpoint(), a.address(), offer.hash, size, |_, _| {}).await.expect("it arrives");
         assert_eq!(fs::read(path).expect("the shard"), content);
     }
+}
+
+#[tokio::test]
+async fn unused_shards_make_way_the_least_recently_used_first() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let store = Store::open(folder.path()).expect("the store opens");
+    let mut hashes = Vec::new();
+    for seed in 0..4 {
+        let path = folder.path().join(format!("{seed}.gguf"));
+        write_random(&path, 1 << 20, seed);
+        hashes.push(store.adopt(&path, |_, _| {}).await.expect("an adopted file").hash);
+    }
+    let left = || store.list().into_iter().map(|s| s.hash).collect::<BTreeSet<_>>();
+    let of = |which: &[usize]| which.iter().map(|&i| hashes[i]).collect::<BTreeSet<_>>();
+    // The oldest is used again, the second is held.
+    store.local_verified(&hashes[0], |_, _| {}).await.expect("a check").expect("it is here");
+    let hold = store.hold(&hashes[1]);
+
+    assert_eq!(store.drop_unused(0).await.expect("nothing to do"), 0);
+    assert_eq!(store.drop_unused(1 << 40).await.expect("all would not be enough"), 0);
+    assert_eq!(left().len(), 4);
+    assert!(store.drop_unused(1).await.expect("room is made") >= 1 << 20);
+    assert_eq!(left(), of(&[0, 1, 3]));
+    assert!(store.drop_unused((1 << 20) + (1 << 19)).await.expect("room is made") >= 2 << 20);
+    assert_eq!(left(), of(&[1]));
+    assert_eq!(store.drop_unused(1).await.expect("it is held"), 0);
+    drop(hold);
+    assert!(store.drop_unused(1).await.expect("room is made") >= 1 << 20);
+    assert_eq!(left(), of(&[]));
+    assert!(store.bytes_used().expect("a size") < 1 << 20, "its tree goes with it");
+    store.shutdown().await;
 }
