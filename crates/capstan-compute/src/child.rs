@@ -2,6 +2,7 @@
 //!
 //! The process ends when its standard input ends, so a daemon that dies leaves no child behind.
 use std::collections::HashMap;
+use std::fs::File;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
@@ -20,6 +21,7 @@ use tokio::task::JoinHandle;
 use crate::driver::Driver;
 use crate::link::IrohTransport;
 use crate::middle;
+use crate::os::take_stdout;
 use crate::prompt::PromptMaker;
 use crate::wire::{Input, Wire};
 
@@ -73,6 +75,13 @@ impl Counters {
 
 /// The `capstan compute` command: serves one stage until standard input ends. Gives the exit code.
 pub fn run() -> i32 {
+    let stdout = match take_stdout() {
+        Ok(stdout) => stdout,
+        Err(error) => {
+            tracing::error!(%error, "standard output is not usable");
+            return 1;
+        }
+    };
     capstan_llama::init();
     let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
         Ok(runtime) => runtime,
@@ -81,7 +90,7 @@ pub fn run() -> i32 {
             return 1;
         }
     };
-    let code = runtime.block_on(serve());
+    let code = runtime.block_on(serve(stdout));
     // Standard input is read on a thread that cannot be interrupted; it must not hold the process back.
     runtime.shutdown_background();
     code
@@ -89,6 +98,17 @@ pub fn run() -> i32 {
 
 /// The `capstan compute --devices` command: prints what computes here, as JSON. Gives the exit code.
 pub fn print_devices() -> i32 {
+    match write_devices() {
+        Ok(()) => 0,
+        Err(error) => {
+            tracing::error!(%error, "the devices could not be written as JSON");
+            1
+        }
+    }
+}
+
+fn write_devices() -> std::io::Result<()> {
+    let stdout = take_stdout()?;
     capstan_llama::init();
     let devices: Vec<DeviceStatus> = capstan_llama::devices()
         .into_iter()
@@ -100,21 +120,13 @@ pub fn print_devices() -> i32 {
             memory_free_bytes: d.memory_free_bytes,
         })
         .collect();
-    match serde_json::to_string(&devices) {
-        Ok(json) => {
-            println!("{json}");
-            0
-        }
-        Err(error) => {
-            tracing::error!(%error, "the devices could not be written as JSON");
-            1
-        }
-    }
+    serde_json::to_writer(stdout, &devices)?;
+    Ok(())
 }
 
-async fn serve() -> i32 {
+async fn serve(stdout: File) -> i32 {
     let (events, queue) = mpsc::channel(limits::EVENT_QUEUE);
-    let mut writer = tokio::spawn(write_events(queue));
+    let mut writer = tokio::spawn(write_events(queue, tokio::fs::File::from_std(stdout)));
     let mut session = Session::new(events.clone());
     let mut writer_ended = false;
     let mut stdin = tokio::io::stdin();
@@ -162,8 +174,7 @@ async fn serve() -> i32 {
     code
 }
 
-async fn write_events(mut queue: mpsc::Receiver<FromChild>) {
-    let mut stdout = tokio::io::stdout();
+async fn write_events(mut queue: mpsc::Receiver<FromChild>, mut stdout: tokio::fs::File) {
     while let Some(event) = queue.recv().await {
         let frame = match codec::encode(&event, limits::MESSAGE_BYTES_MAX) {
             Ok(frame) => frame,

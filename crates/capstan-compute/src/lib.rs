@@ -10,6 +10,7 @@
 //! | `driver` | the compute loop of the last stage: schedule, compute, sample |
 //! | `answer` | one request inside the driver: sampler, text, log-probabilities, counts |
 //! | `prompt` | chat template and tokenizer, off the compute thread |
+//! | `os` | standard output kept for the protocol |
 //! | `embed` | embedding rows from the last stage's own file |
 //!
 //! Two threads matter in a child. The *compute thread* owns llama.cpp and nothing else blocks it but its one queue; the
@@ -29,6 +30,7 @@ mod embed;
 pub mod host;
 pub mod link;
 mod middle;
+mod os;
 mod prompt;
 mod wire;
 

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 #[derive(Debug, thiserror::Error)]
 pub enum LlamaError {
     /// The file cannot be loaded as a model.
-    #[error("{} cannot be loaded: {reason}", path.display())]
+    #[error("{} cannot be loaded: {reason}; is the model damaged, or newer than this capstan?", path.display())]
     Load {
         /// The file.
         path: PathBuf,

@@ -271,6 +271,10 @@ pub(crate) async fn load(shared: &Arc<Shared>, request: LoadRequest) -> Result<m
     let ctx_default = if ctx_train == 0 { CTX_DEFAULT } else { ctx_train.min(CTX_DEFAULT) };
     let options = PlanOptions { ctx: request.ctx.unwrap_or(ctx_default), slots, ubatch: UBATCH, nodes, layers };
     let (ctx, ubatch) = (options.ctx, options.ubatch);
+    // llama.cpp counts the cells of all slots, each rounded up, in 32 bits.
+    if u64::from(ctx).next_multiple_of(256) * u64::from(slots) > i32::MAX as u64 {
+        return Err(bad(format!("{slots} slots of {ctx} tokens are too many; their product must stay below 2^31")));
+    }
     let placement = place(shared, &model, options).await?;
 
     let blueprint = Blueprint {

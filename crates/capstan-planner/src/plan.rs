@@ -79,7 +79,7 @@ pub enum PlanError {
         reason: String,
     },
     /// The model cannot be split at all.
-    #[error("this model runs only whole, on one node: {0}")]
+    #[error("the model cannot be split as asked: {0}; load it without --nodes and --layers, or name one node")]
     OnlyWhole(String),
     /// More nodes than layers, or no allowed cut for so many.
     #[error("the model's {layers} layers cannot be cut into {stages} stages; name fewer nodes")]
