@@ -22,23 +22,6 @@ use rand::{Rng, SeedableRng};
 const PROMPT: usize = 21;
 const STEPS: u64 = 24;
 const EPOCH: Epoch = Epoch(1);
-/// What the tests must cover, whatever the table says.
-const MUST: [&str; 13] = [
-    "llama",
-    "qwen2",
-    "qwen3",
-    "qwen3moe",
-    "gemma3",
-    "gpt-oss",
-    "glm4moe",
-    "minimax-m2",
-    "deepseek2",
-    "deepseek32",
-    "qwen35moe",
-    "kimi-linear",
-    "llama4",
-];
-
 fn context(capture: Option<Capture>) -> ContextOptions {
     ContextOptions { ctx_per_slot: 256, slots: 2, ubatch: 32, threads: Some(1), capture, ..ContextOptions::default() }
 }
@@ -219,7 +202,7 @@ fn every_tiny_model_is_exact_wherever_it_may_be_cut() {
     let (failures, split) = (failures.into_inner().unwrap(), split.into_inner().unwrap());
     assert!(failures.is_empty(), "{} models are not exact:\n{}", failures.len(), failures.join("\n"));
     if only.is_none() {
-        let missing: Vec<_> = MUST.iter().filter(|a| !split.contains(*a)).collect();
+        let missing: Vec<_> = tiny::PROMISED.iter().filter(|a| !split.contains(*a)).collect();
         assert!(missing.is_empty(), "these architectures must be split and were not: {missing:?}");
     }
 }
