@@ -39,6 +39,11 @@ venv: setup
 test: setup model venv ## Run every test
 	CAPSTAN_TEST_PYTHON=$(VENV)/bin/python $(CARGO) test --release --workspace --locked
 
+.PHONY: sim
+sim: setup ## The scheduler in virtual time: efficiency against bounds, random workloads
+	$(CARGO) build --release --workspace --locked --bin capstan-sim
+	target/release/capstan-sim
+
 .PHONY: lint
 lint: setup ## Formatting, clippy, rustdoc, and licences when cargo-deny is installed
 	cargo fmt --all --check
@@ -58,6 +63,17 @@ deny: setup ## Install cargo-deny if need be (minutes to compile), then check li
 .PHONY: fmt
 fmt: ## Format the code
 	cargo fmt --all
+
+.PHONY: model-bench
+model-bench: model
+	@scripts/fetch-model.sh qwen
+
+# The peer's llama.cpp is built with its RPC, and so in a folder of its own; ours has none.
+.PHONY: bench
+bench: setup model-bench build ## Measure beside llama.cpp's RPC (BENCH=--quick: one short round)
+	GGML_RPC=ON $(CARGO) build --release --locked -p capstan-llama --example rpc-peer --features rpc --target-dir target/peer
+	@scripts/python-env.sh $(CURDIR)/target/bench-venv matplotlib==3.10.8
+	@BENCH_COMMAND="make bench$(if $(BENCH), BENCH='$(BENCH)')" target/bench-venv/bin/python scripts/bench $(BENCH)
 
 .PHONY: clean
 clean: ## Remove what was built (the model and ccache stay)

@@ -125,7 +125,13 @@ fn usage_json(usage: &Usage) -> Value {
         "completion_tokens": usage.completion_tokens,
         "total_tokens": u64::from(usage.prompt_tokens) + u64::from(usage.completion_tokens),
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-        "capstan": {"queue_us": usage.queue_us, "prefill_us": usage.prefill_us, "decode_us": usage.decode_us},
+        "capstan": {
+            "queue_us": usage.queue_us,
+            "prefill_us": usage.prefill_us,
+            "decode_us": usage.decode_us,
+            "drafted_tokens": usage.drafted_tokens,
+            "accepted_tokens": usage.accepted_tokens,
+        },
     })
 }
 

@@ -51,6 +51,7 @@ async fn a_chat_in_one_piece() {
         (&json!(7), &json!(3), &json!(10))
     );
     assert_eq!(usage["prompt_tokens_details"]["cached_tokens"], 2);
+    assert_eq!((&usage["capstan"]["drafted_tokens"], &usage["capstan"]["accepted_tokens"]), (&json!(4), &json!(1)));
 }
 
 #[tokio::test]
@@ -67,6 +68,7 @@ async fn a_chat_in_chunks() {
     assert_eq!(last["choices"][0]["finish_reason"], "stop");
     assert_eq!(last["usage"], Value::Null);
     assert_eq!((&usage["choices"], &usage["usage"]["total_tokens"]), (&json!([]), &json!(10)));
+    assert_eq!(usage["usage"]["prompt_tokens_details"]["cached_tokens"], 2);
     let without = events(chat(&server, json!({"stream": true})).await).await;
     assert!(without.iter().all(|c| !c.contains("\"usage\"")));
 }

@@ -1,6 +1,7 @@
 //! One request inside the driver: its sampler, its text, its log-probabilities and its counts.
 use std::time::Instant;
 
+use capstan_engine::SequenceStats;
 use capstan_llama::{LlamaError, Sampler, Vocab};
 use capstan_proto::generate::{
     Alternative, ErrorKind, FinishReason, GenerateEvent, GenerateRequest, RequestError, TokenLogprob, Usage,
@@ -39,10 +40,11 @@ impl Answer {
         Ok(Self { body, sampler, text, usage, submitted: now, admitted: now, first_token: None })
     }
 
-    /// A slot is free.
-    pub fn started(&mut self) -> GenerateEvent {
+    /// A slot is free, and so many tokens of the prompt are in its caches already.
+    pub fn started(&mut self, cached: u32) -> GenerateEvent {
         self.admitted = Instant::now();
         self.usage.queue_us = micros(self.submitted, self.admitted);
+        self.usage.cached_tokens = cached;
         GenerateEvent::Started { prompt_tokens: self.usage.prompt_tokens }
     }
 
@@ -65,6 +67,12 @@ impl Answer {
         let logits = self.body.raw_logits.then(|| logits.to_vec());
         let event = GenerateEvent::Token { token, text: piece.text, logprob, logits };
         Ok(Step { token: Some(token), event: Some(event), stopped: piece.stopped })
+    }
+
+    /// What speculation did for it, all in all.
+    pub fn speculated(&mut self, stats: SequenceStats) {
+        self.usage.drafted_tokens = stats.guessed;
+        self.usage.accepted_tokens = stats.accepted;
     }
 
     /// The answer is complete.

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
 use capstan_llama::{LlamaStage, StageOptions};
@@ -18,6 +18,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::task::JoinHandle;
 
+use crate::counters::Counters;
 use crate::driver::Driver;
 use crate::link::IrohTransport;
 use crate::middle;
@@ -38,40 +39,6 @@ const COMPUTE_STACK_BYTES: usize = 64 << 20;
 const STACK_BYTES_PER_CHAR: usize = 512;
 /// How long the compute thread may finish its micro-batch after the end was asked for.
 const STOP_GRACE: Duration = Duration::from_secs(2);
-
-/// What a compute thread counts, read once a second.
-#[derive(Debug, Default)]
-pub(crate) struct Counters {
-    micro_batches: AtomicU64,
-    rows: AtomicU64,
-    busy_us: AtomicU64,
-    pub slots_used: AtomicU32,
-    pub queued: AtomicU32,
-}
-
-impl Counters {
-    pub fn reset(&self) {
-        self.micro_batches.store(0, Relaxed);
-        self.rows.store(0, Relaxed);
-        self.busy_us.store(0, Relaxed);
-    }
-
-    pub fn add(&self, rows: usize, busy: Duration) {
-        self.micro_batches.fetch_add(1, Relaxed);
-        self.rows.fetch_add(rows as u64, Relaxed);
-        self.busy_us.fetch_add(busy.as_micros() as u64, Relaxed);
-    }
-
-    fn snapshot(&self) -> ChildStats {
-        ChildStats {
-            micro_batches: self.micro_batches.load(Relaxed),
-            rows: self.rows.load(Relaxed),
-            busy_us: self.busy_us.load(Relaxed),
-            slots_used: self.slots_used.load(Relaxed),
-            queued: self.queued.load(Relaxed),
-        }
-    }
-}
 
 /// The `capstan compute` command: serves one stage until standard input ends. Gives the exit code.
 pub fn run() -> i32 {
@@ -305,7 +272,13 @@ impl Session {
             let spec = Arc::new(spec);
             let (inputs, queue) = mpsc::channel(INPUT_QUEUE);
             let (ready_tx, ready) = oneshot::channel();
-            let work = ComputeThread { spec: spec.clone(), inputs: queue, events: events.clone(), counters, ended };
+            let work = ComputeThread {
+                spec: spec.clone(),
+                inputs: queue,
+                events: events.clone(),
+                counters: counters.clone(),
+                ended,
+            };
             std::thread::Builder::new()
                 .name("compute".into())
                 .stack_size(COMPUTE_STACK_BYTES)
@@ -316,7 +289,7 @@ impl Session {
                 .map_err(|e| format!("the compute thread could not be started: {e}"))?;
             let (info, prompts) =
                 ready.await.map_err(|_| "the compute thread ended while it was loading".to_owned())??;
-            Ok((Loaded { wire: Wire { transport, spec, inputs, events }, prompts }, info))
+            Ok((Loaded { wire: Wire { transport, spec, inputs, events, counters }, prompts }, info))
         }));
     }
 

@@ -7,28 +7,33 @@
 //! ```
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
 
-use capstan_engine::{Engine, EngineConfig, PlannedBatch, Stage, StageOutput, SubmitError, TokenOutcome};
+use bytes::Bytes;
+use capstan_engine::{
+    Engine, EngineConfig, PlannedBatch, SequenceStats, Stage, StageOutput, SubmitError, TokenOutcome,
+};
 use capstan_llama::{LlamaStage, Vocab};
 use capstan_proto::child::{FromChild, StageSpec};
-use capstan_proto::data::{MicroBatch, Payload};
+use capstan_proto::data::{BatchFrame, DropNotice, MicroBatch, Payload};
 use capstan_proto::generate::{ErrorKind, FinishReason, GenerateEvent, GenerateRequest, RequestError};
 use capstan_proto::{Epoch, RequestId};
 use tokio::sync::mpsc;
 
 use crate::answer::Answer;
-use crate::child::Counters;
+use crate::counters::Counters;
+use crate::draft::{Draft, Progress};
 use crate::embed::Embedder;
 use crate::prompt::PromptMaker;
-use crate::wire::Input;
+use crate::wire::{Input, Links};
 
 /// The epoch in which micro-batches flow.
 struct Place {
     epoch: Epoch,
     /// To stage 0; none when this stage is the whole model.
-    out: Option<mpsc::Sender<Vec<u8>>>,
+    links: Option<Links>,
+    /// When each micro-batch under way was sent, in order.
+    sent: VecDeque<Instant>,
 }
 
 /// What the last stage adds to its layers.
@@ -37,6 +42,9 @@ pub(crate) struct Driver {
     vocab: Vocab,
     embedder: Option<Embedder>,
     engine: Engine,
+    /// What the engine had counted when the epoch began.
+    counted_before: capstan_engine::Counters,
+    draft: Option<Draft>,
     place: Option<Place>,
     answers: HashMap<RequestId, Answer>,
     events: mpsc::Sender<FromChild>,
@@ -64,19 +72,18 @@ impl Driver {
             1 => None,
             _ => Some(Embedder::open(&spec.shard, spec.io.embedding_scale)?),
         };
-        let config = EngineConfig {
-            // Rounding depends on a micro-batch's shape. Cutting prompts by the number of stages would let the number
-            // of machines change an answer; cut by size alone, a split model gives the whole one's bits.
-            chunks_min: 1,
-            decode_batch: spec.decode_batch,
-            ..EngineConfig::new(spec.stages, spec.slots, spec.ctx, spec.ubatch)
+        let draft = match &spec.scheduling.draft {
+            Some(path) if spec.scheduling.speculation_depth > 0 => Some(Draft::load(path, &vocab, spec)?),
+            _ => None,
         };
-        let engine = Engine::new(config).map_err(|e| e.to_string())?;
+        let engine = Engine::new(engine_config(spec)).map_err(|e| e.to_string())?;
         let driver = Self {
             stage,
             vocab,
             embedder,
+            counted_before: engine.counters(),
             engine,
+            draft,
             place: None,
             answers: HashMap::new(),
             events,
@@ -112,37 +119,51 @@ impl Driver {
             working = match outcome.and_then(|()| self.advance()) {
                 Ok(computed) => computed,
                 Err(EpochLost(reason)) => {
-                    let epoch = self.place.as_ref().map(|p| p.epoch);
-                    self.lose(&reason);
-                    if let Some(epoch) = epoch {
-                        self.send(FromChild::Lost { epoch, reason });
-                    }
+                    self.give_up(reason);
                     false
                 }
             };
-            let counts = self.engine.counters();
-            self.counters.slots_used.store(counts.slots_used, Relaxed);
-            self.counters.queued.store(counts.queued as u32, Relaxed);
+            // What is certain goes first, but for a guess so likely that the stages before this one should not rest for it.
+            while !working && self.guess(inputs.is_empty()) {
+                working = match self.advance() {
+                    Ok(computed) => computed || inputs.is_empty(),
+                    Err(EpochLost(reason)) => {
+                        self.give_up(reason);
+                        false
+                    }
+                };
+            }
+            self.counters.set_engine(&self.engine.counters(), &self.counted_before);
+        }
+    }
+
+    /// The epoch is lost by what happened here: the daemon must hear of it.
+    fn give_up(&mut self, reason: String) {
+        let epoch = self.place.as_ref().map(|p| p.epoch);
+        self.lose(&reason);
+        if let Some(epoch) = epoch {
+            self.send(FromChild::Lost { epoch, reason });
         }
     }
 
     fn handle(&mut self, input: Input) -> Result<(), EpochLost> {
         match input {
             Input::Stop => {}
-            Input::Epoch { epoch, out, done } => {
+            Input::Epoch { epoch, links, done } => {
                 self.lose("the stages are being connected anew");
                 self.counters.reset();
+                self.counted_before = self.engine.counters();
                 self.stage.reset(epoch).map_err(|e| EpochLost(e.to_string()))?;
-                self.place = Some(Place { epoch, out });
+                self.place = Some(Place { epoch, links, sent: VecDeque::new() });
                 // The wiring task may have been replaced meanwhile; the next one sends another epoch.
                 done.send(()).ok();
             }
-            Input::Batch { batch, permit } => {
-                if self.place.as_ref().is_none_or(|p| p.epoch != batch.epoch) {
-                    tracing::debug!(epoch = %batch.epoch, "a late micro-batch was dropped");
+            Input::Batch { frame, permit } => {
+                if self.place.as_ref().is_none_or(|p| p.epoch != frame.batch.epoch) {
+                    tracing::debug!(epoch = %frame.batch.epoch, "a late micro-batch was dropped");
                     return Ok(());
                 }
-                self.complete(&batch)?;
+                self.complete(frame)?;
                 drop(permit);
             }
             Input::Lost { epoch, reason } => {
@@ -152,6 +173,7 @@ impl Driver {
             }
             Input::Submit { request, body, tokens } => self.submit(request, body, tokens),
             Input::Cancel { request } => {
+                self.note_speculation(request);
                 self.engine.handle_cancel(request);
                 self.end(request, |answer| answer.finish(FinishReason::Cancelled));
             }
@@ -185,19 +207,22 @@ impl Driver {
     fn advance(&mut self) -> Result<bool, EpochLost> {
         loop {
             let Some(place) = &self.place else { return Ok(false) };
-            let (epoch, out) = (place.epoch, place.out.clone());
+            let epoch = place.epoch;
+            self.send_drops(epoch)?;
             let Some(planned) = self.engine.poll_micro_batch() else { break };
             self.report_started();
             let batch = self.fill(planned, epoch)?;
-            match out {
+            let Some(place) = &mut self.place else { return Ok(false) };
+            place.sent.push_back(Instant::now());
+            match &place.links {
                 None => {
-                    self.complete(&batch)?;
+                    self.complete(BatchFrame { batch, stage_us: Vec::new() })?;
                     return Ok(true);
                 }
-                Some(out) => {
-                    let frame = batch.encode().map_err(|e| EpochLost(e.to_string()))?;
+                Some(links) => {
+                    let frame = batch.encode(&[]).map_err(|e| EpochLost(e.to_string()))?;
                     // A closed queue means that the links broke; the wiring task says so through our own queue.
-                    if out.blocking_send(frame).is_err() {
+                    if links.frames.blocking_send(frame.into()).is_err() {
                         return Ok(false);
                     }
                 }
@@ -207,10 +232,41 @@ impl Driver {
         Ok(false)
     }
 
+    /// Tells the other stages which steps need not be computed any more.
+    fn send_drops(&mut self, epoch: Epoch) -> Result<(), EpochLost> {
+        while let Some(steps) = self.engine.poll_drop() {
+            let Some(links) = self.place.as_ref().and_then(|p| p.links.as_ref()) else { continue };
+            let frame = DropNotice { epoch, steps }.encode().map_err(|e| EpochLost(e.to_string()))?;
+            if links.notices.try_send(Bytes::from(frame)).is_err() {
+                tracing::debug!("a drop notice found no room and is left out");
+            }
+        }
+        Ok(())
+    }
+
+    /// A piece of the draft model's work, if there is any: while nothing waits for the driver, or before that.
+    fn guess(&mut self, idle: bool) -> bool {
+        let Some(draft) = self.draft.as_mut().filter(|_| self.place.is_some()) else { return false };
+        let Some(wanted) = self.engine.wants_guess().filter(|wanted| idle || wanted.first) else { return false };
+        match draft.advance(&wanted.tokens) {
+            Ok(Progress::Guess(token)) => {
+                self.engine.handle_guess(&wanted, token);
+                true
+            }
+            Ok(Progress::More) => true,
+            Ok(Progress::TooLong) => false,
+            Err(error) => {
+                tracing::warn!(%error, "the draft model failed and is not used any more");
+                self.draft = None;
+                false
+            }
+        }
+    }
+
     fn report_started(&mut self) {
         while let Some(started) = self.engine.poll_started() {
             if let Some(answer) = self.answers.get_mut(&started.id) {
-                let event = answer.started();
+                let event = answer.started(started.cached);
                 self.send_event(started.id, event);
             }
         }
@@ -225,22 +281,31 @@ impl Driver {
     }
 
     /// Computes this stage's layers on a micro-batch and samples from what comes out.
-    fn complete(&mut self, batch: &MicroBatch) -> Result<(), EpochLost> {
+    fn complete(&mut self, frame: BatchFrame) -> Result<(), EpochLost> {
         let lost = |e: &dyn std::fmt::Display| EpochLost(e.to_string());
+        let BatchFrame { mut batch, mut stage_us } = frame;
+        let step = batch.step;
+        if self.engine.is_void(step) {
+            batch = batch.without_rows();
+        }
         let started = Instant::now();
-        let logits = match self.stage.forward(batch).map_err(|e| lost(&e))? {
+        let logits = match self.stage.forward(&batch).map_err(|e| lost(&e))? {
             StageOutput::Logits(logits) => logits,
             StageOutput::Hidden(_) => return Err(EpochLost("the last stage gave no logits".into())),
         };
-        self.counters.add(batch.rows.len(), started.elapsed());
-        let completed = self.engine.handle_completed(batch.step).map_err(|e| lost(&e))?;
+        let busy = started.elapsed();
+        self.counters.add(batch.rows.len(), busy);
+        stage_us.push(if batch.rows.is_empty() { 0 } else { micros(busy) });
+        if let Some(sent) = self.place.as_mut().and_then(|p| p.sent.pop_front()) {
+            self.engine.handle_times(step, &stage_us, micros(sent.elapsed()));
+        }
+        let completed = self.engine.handle_completed(step).map_err(|e| lost(&e))?;
         let n_vocab = self.vocab.n_tokens();
         if logits.len() != completed.output_rows * n_vocab {
             return Err(EpochLost("the last stage gave another number of logits than was asked for".into()));
         }
         // Every output is handed in before the next micro-batch is planned, so that a group stays together.
-        let outputs: VecDeque<_> = completed.outputs.into();
-        for (request, row) in outputs {
+        for (request, row) in completed.outputs {
             self.sample(request, &logits[row * n_vocab..(row + 1) * n_vocab]);
         }
         Ok(())
@@ -263,12 +328,19 @@ impl Driver {
             self.send_event(request, event);
         }
         if step.stopped {
+            self.note_speculation(request);
             self.engine.handle_finish(request);
             self.end(request, |answer| answer.finish(FinishReason::Stop));
         } else if let Some(token) = step.token {
-            match self.engine.handle_token(request, token) {
-                TokenOutcome::Continue | TokenOutcome::Ignored => {}
-                TokenOutcome::Finished(_) => self.end(request, |answer| answer.finish(FinishReason::Length)),
+            let (stats, before) = (self.engine.sequence_stats(request), self.engine.counters().accepted);
+            if let TokenOutcome::Finished(_) = self.engine.handle_token(request, token) {
+                // The engine may have forgotten the sequence already, and its last token may have been guessed.
+                let right = (self.engine.counters().accepted - before) as u32;
+                let stats = stats.map(|s| SequenceStats { accepted: s.accepted + right, ..s });
+                self.end(request, |mut answer| {
+                    answer.speculated(stats.unwrap_or_default());
+                    answer.finish(FinishReason::Length)
+                });
             }
         }
     }
@@ -287,6 +359,14 @@ impl Driver {
                 self.model_name
             );
             self.end(request, |_| GenerateEvent::Failed(RequestError::new(ErrorKind::StageLost, message)));
+        }
+    }
+
+    /// Notes in a request's usage what speculation did for it, while the engine still knows.
+    fn note_speculation(&mut self, request: RequestId) {
+        let stats = self.engine.sequence_stats(request);
+        if let (Some(answer), Some(stats)) = (self.answers.get_mut(&request), stats) {
+            answer.speculated(stats);
         }
     }
 
@@ -309,6 +389,26 @@ impl Driver {
         // A closed queue means that the daemon is gone and the process is ending.
         self.events.blocking_send(event).ok();
     }
+}
+
+/// What the scheduler may do, from what the child is told.
+fn engine_config(spec: &StageSpec) -> EngineConfig {
+    let scheduling = &spec.scheduling;
+    EngineConfig {
+        decode_batch: spec.decode_batch,
+        // Who decodes every sequence by itself wants the same bits whatever else goes on.
+        fixed_shapes: spec.decode_batch == 1,
+        decode_slowdown_percent: scheduling.decode_slowdown_percent,
+        prefix_cache: scheduling.prefix_cache,
+        speculation_depth: scheduling.speculation_depth,
+        rollback: scheduling.rollback,
+        spares: scheduling.spares(),
+        ..EngineConfig::new(spec.stages, spec.slots, spec.ctx, spec.ubatch)
+    }
+}
+
+fn micros(time: std::time::Duration) -> u32 {
+    u32::try_from(time.as_micros()).unwrap_or(u32::MAX)
 }
 
 fn submit_error(error: SubmitError) -> RequestError {

@@ -33,10 +33,11 @@ impl Embedder {
             let index = usize::try_from(token).ok().filter(|i| *i < self.n_vocab);
             let index = index.ok_or_else(|| format!("token {token} has no embedding"))?;
             let bytes = data.get(index * row_bytes..(index + 1) * row_bytes).ok_or("the embedding table is cut off")?;
-            let row =
-                capstan_llama::dequantize_row(self.table.ggml_type, bytes, self.n_embd).map_err(|e| e.to_string())?;
-            // A product with 1 would be exact too; most models have no scale and need no second pass.
-            if self.scale == 1.0 { out.extend(row) } else { out.extend(row.iter().map(|x| x * self.scale)) }
+            capstan_llama::append_row(self.table.ggml_type, bytes, self.n_embd, &mut out).map_err(|e| e.to_string())?;
+        }
+        // A product with 1 would be exact too; most models have no scale and need no second pass.
+        if self.scale != 1.0 {
+            out.iter_mut().for_each(|x| *x *= self.scale);
         }
         Ok(out)
     }

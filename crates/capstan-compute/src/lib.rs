@@ -6,10 +6,13 @@
 //! | [`child`] | the child's side: standard input to compute thread, results to standard output |
 //! | [`link`] | frames between stages, behind a trait; iroh is the transport |
 //! | `wire` | one epoch's place in the ring: accept the previous stage, dial the next |
+//! | `drops` | steps that need not be computed any more |
 //! | `middle` | the compute loop of every stage but the last |
 //! | `driver` | the compute loop of the last stage: schedule, compute, sample |
+//! | `draft` | a small model beside the driver that guesses what comes next |
 //! | `answer` | one request inside the driver: sampler, text, log-probabilities, counts |
 //! | `prompt` | chat template and tokenizer, off the compute thread |
+//! | `counters` | what is counted, read once a second |
 //! | `os` | standard output kept for the protocol |
 //! | `embed` | embedding rows from the last stage's own file |
 //!
@@ -25,7 +28,10 @@
 
 mod answer;
 pub mod child;
+mod counters;
+mod draft;
 mod driver;
+mod drops;
 mod embed;
 pub mod host;
 pub mod link;

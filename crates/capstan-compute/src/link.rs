@@ -1,12 +1,20 @@
 //! Links between stages: frames in order, one direction a link, behind a trait so that a faster transport can follow.
 //!
-//! The dialling stage says a [`DataHello`]; the accepting one checks it and answers one byte. From then on only
-//! micro-batch frames flow, from the dialling stage to the accepting one.
+//! The dialling stage says a [`DataHello`]; the accepting one checks it and answers one byte. From then on only frames
+//! flow, from the dialling stage to the accepting one, in two lanes: micro-batches in the stream of the hello, drop
+//! notices in a stream of their own, so that a notice neither waits for megabytes to be sent nor for room where they
+//! arrive:
+//!
+//! ```text
+//! frames  ═══ 12 ═══ 11 ═══ 10 ═══▶       each lane keeps its order
+//! notices ──────────── drop 12 ───▶       and goes first where both have something to send
+//! ```
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use bytes::Bytes;
 use capstan_proto::child::PeerAddr;
 use capstan_proto::codec::{self, CodecError, PREFIX};
 use capstan_proto::control::ADDRS_MAX;
@@ -26,6 +34,8 @@ const WIRE_TIMEOUT: Duration = Duration::from_secs(15);
 const REDIAL_PAUSE: Duration = Duration::from_millis(20);
 /// A peer that is silent for this long, though keep-alives are sent five times as often, is gone.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Priority of the notices' stream; others have 0.
+const NOTICES_FIRST: i32 = 1;
 /// Bytes in flight that a stream accepts: one chunk of 512 rows of a 7168-wide model, so that a chunk never waits for
 /// a window update.
 const STREAM_WINDOW_BYTES: u32 = 16 << 20;
@@ -54,18 +64,34 @@ fn broken(e: impl std::fmt::Display) -> LinkError {
     LinkError::Broken(e.to_string())
 }
 
-/// The sending end of a link.
+/// The sending end of a lane.
 #[async_trait]
-pub trait LinkSender: Send {
-    /// Sends a frame with its prefix.
-    async fn send(&mut self, frame: &[u8]) -> Result<(), LinkError>;
+pub trait LaneSender: Send {
+    /// Sends a frame with its prefix. The bytes are not copied.
+    async fn send(&mut self, frame: Bytes) -> Result<(), LinkError>;
 }
 
-/// The receiving end of a link.
+/// The receiving end of a lane.
 #[async_trait]
-pub trait LinkReceiver: Send {
+pub trait LaneReceiver: Send {
     /// The body of the next frame. An error is final.
     async fn recv(&mut self) -> Result<Vec<u8>, LinkError>;
+}
+
+/// The end of a link that sends.
+pub struct Outgoing {
+    /// Micro-batches.
+    pub frames: Box<dyn LaneSender>,
+    /// Drop notices.
+    pub notices: Box<dyn LaneSender>,
+}
+
+/// The end of a link that receives.
+pub struct Incoming {
+    /// Micro-batches.
+    pub frames: Box<dyn LaneReceiver>,
+    /// Drop notices.
+    pub notices: Box<dyn LaneReceiver>,
 }
 
 /// What makes links. Of each wiring there is one incoming and one outgoing.
@@ -74,9 +100,9 @@ pub trait Transport: Send + Sync {
     /// Where others dial.
     fn addr(&self) -> PeerAddr;
     /// Waits for the stage with this key to dial with exactly this hello. A later call ends an earlier one.
-    async fn accept(&self, key: [u8; 32], hello: DataHello) -> Result<Box<dyn LinkReceiver>, LinkError>;
+    async fn accept(&self, key: [u8; 32], hello: DataHello) -> Result<Incoming, LinkError>;
     /// Dials a stage until it accepts this hello.
-    async fn dial(&self, peer: &PeerAddr, hello: &DataHello) -> Result<Box<dyn LinkSender>, LinkError>;
+    async fn dial(&self, peer: &PeerAddr, hello: &DataHello) -> Result<Outgoing, LinkError>;
 }
 
 struct Expected {
@@ -125,13 +151,21 @@ impl IrohTransport {
         Ok(Self { endpoint, addr, expected })
     }
 
-    async fn try_dial(&self, peer: EndpointAddr, hello: &[u8]) -> Result<IrohSender, LinkError> {
+    async fn try_dial(&self, peer: EndpointAddr, hello: &[u8]) -> Result<Outgoing, LinkError> {
         let connection = self.endpoint.connect(peer, DATA_ALPN).await.map_err(broken)?;
         let (mut send, mut recv) = connection.open_bi().await.map_err(broken)?;
         send.write_all(hello).await.map_err(broken)?;
         let mut answer = [0];
         recv.read_exact(&mut answer).await.map_err(broken)?;
-        if answer[0] == ACCEPTED { Ok(IrohSender { _connection: connection, send }) } else { Err(broken("refused")) }
+        if answer[0] != ACCEPTED {
+            return Err(broken("refused"));
+        }
+        let notices = connection.open_uni().await.map_err(broken)?;
+        notices.set_priority(NOTICES_FIRST).map_err(broken)?;
+        Ok(Outgoing {
+            frames: Box::new(IrohSender { _connection: connection.clone(), send }),
+            notices: Box::new(IrohSender { _connection: connection, send: notices }),
+        })
     }
 }
 
@@ -150,7 +184,7 @@ impl Transport for IrohTransport {
         self.addr.clone()
     }
 
-    async fn accept(&self, key: [u8; 32], hello: DataHello) -> Result<Box<dyn LinkReceiver>, LinkError> {
+    async fn accept(&self, key: [u8; 32], hello: DataHello) -> Result<Incoming, LinkError> {
         let key = EndpointId::from_bytes(&key).map_err(broken)?;
         let (found, wait) = oneshot::channel();
         match self.expected.lock() {
@@ -158,27 +192,30 @@ impl Transport for IrohTransport {
             Err(_) => return Err(LinkError::Closed),
         }
         match tokio::time::timeout(WIRE_TIMEOUT, wait).await {
-            Ok(Ok((connection, recv))) => Ok(Box::new(IrohReceiver { _connection: connection, recv })),
+            Ok(Ok((connection, recv))) => Ok(Incoming {
+                frames: Box::new(FrameLane { _connection: connection.clone(), recv }),
+                notices: Box::new(NoticeLane { connection, recv: None }),
+            }),
             Ok(Err(_)) => Err(LinkError::Closed),
             Err(_) => Err(LinkError::Timeout("previous", WIRE_TIMEOUT.as_secs())),
         }
     }
 
-    async fn dial(&self, peer: &PeerAddr, hello: &DataHello) -> Result<Box<dyn LinkSender>, LinkError> {
+    async fn dial(&self, peer: &PeerAddr, hello: &DataHello) -> Result<Outgoing, LinkError> {
         let id = EndpointId::from_bytes(&peer.key).map_err(broken)?;
         let addr = EndpointAddr::from_parts(id, peer.addrs.iter().map(|a| TransportAddr::Ip(*a)));
         let hello = codec::encode(hello, HELLO_BYTES_MAX)?;
         let dial = async {
             loop {
                 match self.try_dial(addr.clone(), &hello).await {
-                    Ok(sender) => return sender,
+                    Ok(link) => return link,
                     Err(error) => tracing::debug!(%error, "the next stage does not accept yet"),
                 }
                 tokio::time::sleep(REDIAL_PAUSE).await;
             }
         };
         match tokio::time::timeout(WIRE_TIMEOUT, dial).await {
-            Ok(sender) => Ok(Box::new(sender)),
+            Ok(link) => Ok(link),
             Err(_) => Err(LinkError::Timeout("next", WIRE_TIMEOUT.as_secs())),
         }
     }
@@ -231,24 +268,45 @@ struct IrohSender {
 }
 
 #[async_trait]
-impl LinkSender for IrohSender {
-    async fn send(&mut self, frame: &[u8]) -> Result<(), LinkError> {
-        self.send.write_all(frame).await.map_err(broken)
+impl LaneSender for IrohSender {
+    async fn send(&mut self, frame: Bytes) -> Result<(), LinkError> {
+        self.send.write_chunk(frame).await.map_err(broken)
     }
 }
 
-struct IrohReceiver {
+struct FrameLane {
     _connection: Connection,
     recv: RecvStream,
 }
 
 #[async_trait]
-impl LinkReceiver for IrohReceiver {
+impl LaneReceiver for FrameLane {
     async fn recv(&mut self) -> Result<Vec<u8>, LinkError> {
-        let mut prefix = [0; PREFIX];
-        self.recv.read_exact(&mut prefix).await.map_err(broken)?;
-        let mut body = vec![0; codec::frame_len(prefix, limits::DATA_BYTES_MAX)?];
-        self.recv.read_exact(&mut body).await.map_err(broken)?;
-        Ok(body)
+        read_frame(&mut self.recv, limits::DATA_BYTES_MAX).await
     }
+}
+
+struct NoticeLane {
+    connection: Connection,
+    /// The other side opens it, and it appears with the first notice.
+    recv: Option<RecvStream>,
+}
+
+#[async_trait]
+impl LaneReceiver for NoticeLane {
+    async fn recv(&mut self) -> Result<Vec<u8>, LinkError> {
+        let recv = match &mut self.recv {
+            Some(recv) => recv,
+            none => none.insert(self.connection.accept_uni().await.map_err(broken)?),
+        };
+        read_frame(recv, limits::NOTICE_BYTES_MAX).await
+    }
+}
+
+async fn read_frame(recv: &mut RecvStream, bytes_max: usize) -> Result<Vec<u8>, LinkError> {
+    let mut prefix = [0; PREFIX];
+    recv.read_exact(&mut prefix).await.map_err(broken)?;
+    let mut body = vec![0; codec::frame_len(prefix, bytes_max)?];
+    recv.read_exact(&mut body).await.map_err(broken)?;
+    Ok(body)
 }

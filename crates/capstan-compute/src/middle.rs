@@ -1,14 +1,15 @@
 //! The compute loop of every stage but the last: micro-batch in, hidden states out.
 use std::time::Instant;
 
+use bytes::Bytes;
 use capstan_engine::{Stage, StageOutput};
 use capstan_proto::Epoch;
 use capstan_proto::child::FromChild;
-use capstan_proto::data::{MicroBatch, Payload};
+use capstan_proto::data::BatchFrame;
 use tokio::sync::mpsc;
 
-use crate::child::Counters;
-use crate::wire::Input;
+use crate::counters::Counters;
+use crate::wire::{Input, Links};
 
 /// Computes until [`Input::Stop`] or until nobody sends any more.
 pub(crate) fn run(
@@ -17,35 +18,33 @@ pub(crate) fn run(
     events: &mpsc::Sender<FromChild>,
     counters: &Counters,
 ) {
-    let mut place: Option<(Epoch, mpsc::Sender<Vec<u8>>)> = None;
+    let mut place: Option<(Epoch, Links)> = None;
     while let Some(input) = inputs.blocking_recv() {
         match input {
             Input::Stop => return,
-            Input::Epoch { epoch, out, done } => {
+            Input::Epoch { epoch, links, done } => {
                 counters.reset();
                 match stage.reset(epoch) {
                     Ok(()) => {
-                        place = out.map(|out| (epoch, out));
+                        place = links.map(|links| (epoch, links));
                         // The wiring task may have been replaced meanwhile; the next one sends another epoch.
                         done.send(()).ok();
                     }
                     Err(error) => tracing::error!(%error, "the KV cache could not be emptied"),
                 }
             }
-            Input::Batch { batch, permit } => {
-                let Some((epoch, out)) = place.as_ref().filter(|(epoch, _)| *epoch == batch.epoch) else {
-                    tracing::debug!(epoch = %batch.epoch, "a late micro-batch was dropped");
+            Input::Batch { frame, permit } => {
+                let Some((epoch, links)) = place.as_ref().filter(|(epoch, _)| *epoch == frame.batch.epoch) else {
+                    tracing::debug!(epoch = %frame.batch.epoch, "a late micro-batch was dropped");
                     continue;
                 };
                 let epoch = *epoch;
-                let started = Instant::now();
-                let result = forward(stage, batch);
+                let result = forward(stage, frame, links, counters);
                 drop(permit);
                 match result {
-                    Ok((frame, rows)) => {
-                        counters.add(rows, started.elapsed());
-                        // A closed queue means that the links broke, which the wiring task reports.
-                        out.blocking_send(frame).ok();
+                    // A closed queue means that the links broke, which the wiring task reports.
+                    Ok(frame) => {
+                        links.frames.blocking_send(frame).ok();
                     }
                     Err(reason) => {
                         tracing::error!(%reason, "a micro-batch failed");
@@ -62,13 +61,20 @@ pub(crate) fn run(
     }
 }
 
-/// The frame for the next stage, and how many rows it has.
-fn forward(stage: &mut dyn Stage, batch: MicroBatch) -> Result<(Vec<u8>, usize), String> {
+/// The frame for the next stage: the step with this stage's hidden states and time. A step that need not be computed
+/// any more goes on without rows, so that steps stay gapless and its operations are applied everywhere.
+fn forward(stage: &mut dyn Stage, frame: BatchFrame, links: &Links, counters: &Counters) -> Result<Bytes, String> {
+    let BatchFrame { mut batch, mut stage_us } = frame;
+    let started = Instant::now();
+    if links.drops.begin(batch.step) {
+        batch = batch.without_rows();
+    }
     let hidden = match stage.forward(&batch).map_err(|e| e.to_string())? {
         StageOutput::Hidden(hidden) => hidden,
         StageOutput::Logits(_) => return Err("a stage that is not the last gave logits".into()),
     };
-    let rows = batch.rows.len();
-    let next = MicroBatch { payload: Payload::Hidden(hidden), ..batch };
-    Ok((next.encode().map_err(|e| e.to_string())?, rows))
+    let busy = started.elapsed();
+    counters.add(batch.rows.len(), busy);
+    stage_us.push(if batch.rows.is_empty() { 0 } else { u32::try_from(busy.as_micros()).unwrap_or(u32::MAX) });
+    batch.encode_hidden(&hidden, &stage_us).map(Bytes::from).map_err(|e| e.to_string())
 }

@@ -1,8 +1,9 @@
 //! Links between stages over real sockets: who is let in, and what is refused.
 use std::net::{IpAddr, Ipv4Addr};
 
-use capstan_compute::link::{IrohTransport, Transport};
-use capstan_proto::data::{DATA_ALPN, DATA_VERSION, DataHello, KvOp, MicroBatch, Payload, Row};
+use bytes::Bytes;
+use capstan_compute::link::{Incoming, IrohTransport, Outgoing, Transport};
+use capstan_proto::data::{BatchFrame, DATA_ALPN, DATA_VERSION, DataHello, DropNotice, KvOp, MicroBatch, Payload, Row};
 use capstan_proto::{DeploymentId, Epoch, codec};
 use iroh::endpoint::presets;
 use iroh::{Endpoint, EndpointAddr, EndpointId, RelayMode, TransportAddr};
@@ -23,37 +24,72 @@ fn batch(step: u64) -> MicroBatch {
     }
 }
 
+/// A link from one fresh endpoint to another. The endpoints live as long as it is used.
+async fn link() -> (Outgoing, Incoming, [IrohTransport; 2]) {
+    let (a, b) = (IrohTransport::bind(LOOPBACK).await.unwrap(), IrohTransport::bind(LOOPBACK).await.unwrap());
+    let (own, peer) = (hello(1), b.addr());
+    let (incoming, outgoing) = tokio::join!(b.accept(a.addr().key, hello(1)), a.dial(&peer, &own));
+    (outgoing.unwrap(), incoming.unwrap(), [a, b])
+}
+
+fn frame(step: u64) -> Bytes {
+    batch(step).encode(&[step as u32]).unwrap().into()
+}
+
 #[tokio::test]
 async fn frames_arrive_in_order_and_whole() {
-    let (a, b) = (IrohTransport::bind(LOOPBACK).await.unwrap(), IrohTransport::bind(LOOPBACK).await.unwrap());
-    let own = hello(1);
-    let peer = b.addr();
-    let (receiver, sender) = tokio::join!(b.accept(a.addr().key, hello(1)), a.dial(&peer, &own));
-    let (mut receiver, mut sender) = (receiver.unwrap(), sender.unwrap());
+    let (mut outgoing, mut incoming, _endpoints) = link().await;
     let send = async {
         for step in 0..50 {
-            sender.send(&batch(step).encode().unwrap()).await.unwrap();
+            outgoing.frames.send(frame(step)).await.unwrap();
         }
     };
     let receive = async {
         for step in 0..50 {
-            let body = receiver.recv().await.unwrap();
-            assert_eq!(MicroBatch::decode(&body).unwrap(), batch(step));
+            let body = incoming.frames.recv().await.unwrap();
+            let want = BatchFrame { batch: batch(step), stage_us: vec![step as u32] };
+            assert_eq!(BatchFrame::decode(&body).unwrap(), want);
         }
     };
     tokio::join!(send, receive);
-    drop(sender);
-    assert!(receiver.recv().await.is_err(), "a link that is gone is an error");
+    drop(outgoing);
+    assert!(incoming.frames.recv().await.is_err(), "a link that is gone is an error");
+    assert!(incoming.notices.recv().await.is_err(), "in both lanes");
+}
+
+#[tokio::test]
+async fn a_notice_overtakes_frames_that_nobody_takes() {
+    let (mut outgoing, mut incoming, _endpoints) = link().await;
+    // More than all windows hold: the lane of the frames is full.
+    let stuck = tokio::spawn(async move {
+        for step in 0.. {
+            if outgoing.frames.send(vec![0; 4 << 20].into()).await.is_err() {
+                return step;
+            }
+        }
+        0
+    });
+    let notices: Vec<DropNotice> = (0..20).map(|i| DropNotice { epoch: Epoch(1), steps: vec![i, i + 1] }).collect();
+    for notice in &notices {
+        outgoing.notices.send(notice.encode().unwrap().into()).await.unwrap();
+    }
+    for notice in &notices {
+        assert_eq!(&DropNotice::decode(&incoming.notices.recv().await.unwrap()).unwrap(), notice);
+    }
+    assert!(!stuck.is_finished());
+    drop(incoming);
+    assert!(stuck.await.unwrap() > 0);
 }
 
 #[tokio::test]
 async fn a_frame_larger_than_the_limit_is_refused_before_it_is_read() {
-    let (a, b) = (IrohTransport::bind(LOOPBACK).await.unwrap(), IrohTransport::bind(LOOPBACK).await.unwrap());
-    let (own, peer) = (hello(1), b.addr());
-    let (receiver, sender) = tokio::join!(b.accept(a.addr().key, hello(1)), a.dial(&peer, &own));
-    let mut sender = sender.unwrap();
-    sender.send(&u32::MAX.to_le_bytes()).await.unwrap();
-    let error = receiver.unwrap().recv().await.unwrap_err().to_string();
+    let (mut outgoing, mut incoming, _endpoints) = link().await;
+    let huge = Bytes::copy_from_slice(&u32::MAX.to_le_bytes());
+    outgoing.frames.send(huge.clone()).await.unwrap();
+    let error = incoming.frames.recv().await.unwrap_err().to_string();
+    assert!(error.contains("exceeds the limit"), "{error}");
+    outgoing.notices.send(huge).await.unwrap();
+    let error = incoming.notices.recv().await.unwrap_err().to_string();
     assert!(error.contains("exceeds the limit"), "{error}");
 }
 

@@ -1,15 +1,28 @@
 //! The scheduler as a state machine: requests go in, micro-batches come out, micro-batches return, tokens go in.
 use std::collections::VecDeque;
 
-use capstan_proto::data::{KvOp, MicroBatch, Payload, Row};
-use capstan_proto::{Epoch, RequestId};
+use capstan_proto::RequestId;
+use capstan_proto::data::{KvOp, Rollback, Row};
 
 use crate::config::{ConfigError, EngineConfig};
-use crate::flight::{CompletedError, Flight};
+use crate::cost::{CostModel, Work};
+use crate::dealer::Dealer;
+use crate::flight::{BatchKind, CompletedError, Flight};
+use crate::guess::{self, Source};
+use crate::invariants::Parts;
+use crate::measure::Measure;
+use crate::prefix::{self, Rules};
 use crate::queue::{Queue, Request};
-use crate::schedule::{self, Turn};
-use crate::sequence::{Phase, Sequence};
+use crate::report::{
+    Completed, Counters, GuessWanted, PlannedBatch, SequenceStats, Started, SubmitError, TokenOutcome,
+};
+use crate::schedule::{self, Decoding, Share};
+use crate::sequence::{Guess, Next, Phase, Sequence};
 use crate::slots::Slots;
+
+/// Decode micro-batches after which the dealing is looked at again though nobody joined or left: sequences grow longer
+/// and costs are measured anew.
+const DEAL_EVERY: u32 = 64;
 
 /// Schedules sequences over a pipeline of stages.
 ///
@@ -17,8 +30,8 @@ use crate::slots::Slots;
 /// micro-batches until there are none, so that sequences that decode together stay together:
 ///
 /// ```text
-/// submit ─▶ queue ─▶ slot: Prefill ─last chunk sent─▶ Waiting ─handle_token─▶ Ready ─row sent─▶ Waiting ...
-///                                                       └─ handle_finish, handle_cancel, a limit ─▶ slot free
+/// submit ─▶ queue ─▶ slot: Prefill ─last chunk sent─▶ Decode: owed ─handle_token─▶ ready ─row sent─▶ owed ...
+///                                                       └─ handle_finish, handle_cancel, a limit ─▶ Ending ─▶ free
 /// ```
 ///
 /// It knows no epoch: what arrives from an older one must be dropped before [`Engine::handle_completed`].
@@ -28,122 +41,30 @@ pub struct Engine {
     queue: Queue,
     slots: Slots,
     flight: Flight,
+    dealer: Dealer,
+    cost: CostModel,
+    measure: Measure,
     /// Not yet polled; at most one a slot.
     started: VecDeque<Started>,
-    decodes_since_prefill: u16,
+    /// To travel with the next micro-batch, before its rows; a few a slot at most.
+    ops: Vec<KvOp>,
+    /// Steps whose guesses are wrong, not yet polled; at most those under way.
+    drops: Vec<u64>,
+    /// Sequences beyond the slots that hold nothing of use.
+    spares: Vec<u32>,
+    /// Decode micro-batches that went out since the last chunk.
+    decodes_since_chunk: u32,
+    /// What prefill was given beside decode when the last chunk was sent; none before the first one.
+    share: Option<Share>,
+    /// The size of chunk that was tried last to see what it costs.
+    exploring: Option<u32>,
+    decodes_since_deal: u32,
     /// Requests that ever got a slot.
     admissions: u64,
     /// Tokens that were ever taken in.
     tokens: u64,
+    totals: Counters,
 }
-
-/// A micro-batch to send. The driver adds the epoch, and embeds the tokens where stages take hidden states.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PlannedBatch {
-    /// Counts from 0 in an epoch, without gaps.
-    pub step: u64,
-    /// KV operations that precede the rows.
-    pub ops: Vec<KvOp>,
-    /// At least one: a chunk of one sequence, or one row each of several, slots ascending.
-    pub rows: Vec<Row>,
-    /// One a row.
-    pub tokens: Vec<i32>,
-}
-
-impl PlannedBatch {
-    /// The micro-batch with what its rows are computed on.
-    pub fn into_micro_batch(self, epoch: Epoch, payload: Payload) -> MicroBatch {
-        MicroBatch { epoch, step: self.step, ops: self.ops, rows: self.rows, payload }
-    }
-}
-
-/// A request left the queue.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Started {
-    /// Which.
-    pub id: RequestId,
-    /// The slot it got.
-    pub slot: u32,
-}
-
-/// What a micro-batch that came back brought.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Completed {
-    /// The requests that await a token now, each with the index of its row among those flagged `output`: its logits are
-    /// `[index * n_vocab .. (index + 1) * n_vocab]`. Those cancelled meanwhile are left out.
-    pub outputs: Vec<(RequestId, usize)>,
-    /// Rows flagged `output` in all, so the micro-batch must have brought `output_rows * n_vocab` logits.
-    pub output_rows: usize,
-}
-
-/// What became of a sequence with a new token.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum TokenOutcome {
-    /// It goes on.
-    Continue,
-    /// That was its last token; its slot is free already.
-    Finished(FinishedBy),
-    /// The request awaits no token: it is unknown, or was cancelled or finished. Nothing changed.
-    Ignored,
-}
-
-/// Which length ended a sequence.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum FinishedBy {
-    /// The request's own `max_tokens`.
-    MaxTokens,
-    /// Prompt and answer together fill the context.
-    Context,
-}
-
-/// Why a request was not taken. Nothing changed.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum SubmitError {
-    /// There is nothing to continue.
-    #[error("the prompt has no tokens; send at least one")]
-    Empty,
-    /// `max_tokens` is 0.
-    #[error("max_tokens is 0; ask for at least one token")]
-    NoTokens,
-    /// The prompt leaves no room for an answer.
-    #[error(
-        "the prompt has {prompt} tokens, but the context holds {ctx}, answer included; shorten the prompt or load the \
-         model with a larger context"
-    )]
-    ContextExceeded {
-        /// Its tokens.
-        prompt: usize,
-        /// Tokens that a slot holds.
-        ctx: u32,
-    },
-    /// All slots are taken and the queue is full.
-    #[error("{queue_max} requests wait already; try again in a moment")]
-    Busy {
-        /// How many may wait.
-        queue_max: usize,
-    },
-    /// The name is taken by a request that lives.
-    #[error("request {0} is already being answered; every request needs a name of its own")]
-    Duplicate(RequestId),
-}
-
-/// How much is going on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Counters {
-    /// Slots in all.
-    pub slots: u32,
-    /// Those with a sequence, or whose last micro-batch is still under way.
-    pub slots_used: u32,
-    /// Requests without a slot.
-    pub queued: usize,
-    /// Micro-batches under way.
-    pub in_flight: usize,
-}
-
-/// A mistake in the scheduler itself.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the scheduler contradicts itself: {0}; this is a bug, please report it")]
-pub struct InvariantBroken(String);
 
 impl Engine {
     /// An engine without requests, in a fresh epoch.
@@ -153,10 +74,20 @@ impl Engine {
             queue: Queue::default(),
             slots: Slots::new(config.slots),
             flight: Flight::default(),
+            dealer: Dealer::default(),
+            cost: CostModel::new(config.stages),
+            measure: Measure::new(&config),
             started: VecDeque::new(),
-            decodes_since_prefill: 0,
+            ops: Vec::new(),
+            drops: Vec::new(),
+            spares: (config.slots..config.slots + config.spares).rev().collect(),
+            decodes_since_chunk: 0,
+            share: None,
+            exploring: None,
+            decodes_since_deal: 0,
             admissions: 0,
             tokens: 0,
+            totals: Counters::default(),
             config,
         })
     }
@@ -200,36 +131,59 @@ impl Engine {
     /// (before or after it). False when the request has no slot or is ending already.
     pub fn handle_finish(&mut self, id: RequestId) -> bool {
         let Some(slot) = self.slots.find(id) else { return false };
-        let Some(sequence) = self.slots.get_mut(slot) else { return false };
-        if sequence.phase == Phase::Ending {
+        if self.slots.get(slot).is_none_or(|s| s.phase == Phase::Ending) {
             return false;
         }
-        sequence.phase = Phase::Ending;
-        if sequence.in_flight == 0 {
-            self.slots.release(slot);
-        }
-        self.started.retain(|s| s.id != id);
+        self.end(slot);
         self.debug_check();
         true
     }
 
-    /// Takes the token that was sampled from a request's output.
+    /// Takes the token that was sampled from a request's output. It also decides about the next guess of the request.
     pub fn handle_token(&mut self, id: RequestId, token: i32) -> TokenOutcome {
         let (ctx, since) = (self.config.ctx, self.tokens);
         let Some(slot) = self.slots.find(id) else { return TokenOutcome::Ignored };
         let Some(sequence) = self.slots.get_mut(slot).filter(|s| s.awaits_token()) else {
             return TokenOutcome::Ignored;
         };
-        let finished = sequence.push_token(token, since, ctx);
         self.tokens += 1;
-        if let Some(by) = finished {
-            self.slots.release(slot);
-            self.started.retain(|s| s.id != id);
-            self.debug_check();
-            return TokenOutcome::Finished(by);
+        let accepted = sequence.record.accepted;
+        let next = sequence.push_token(token, since, ctx);
+        self.totals.accepted += u64::from(sequence.record.accepted - accepted);
+        match next {
+            Next::Ready => {
+                self.give_up_guesses(slot);
+                if !self.dealer.contains(slot) {
+                    self.dealer.join(slot);
+                }
+            }
+            Next::Confirmed(spare) => spare.into_iter().for_each(|spare| self.give_back(spare)),
+            Next::Finished(by) => {
+                self.end(slot);
+                self.debug_check();
+                return TokenOutcome::Finished(by);
+            }
         }
         self.debug_check();
         TokenOutcome::Continue
+    }
+
+    /// How long each stage computed a micro-batch, the first stage first, and how long it was under way in all, in
+    /// microseconds; to be said before [`Engine::handle_completed`]. A stage that computed no row of it says 0.
+    pub fn handle_times(&mut self, step: u64, stage_us: &[u32], round_trip_us: u32) {
+        let Some(sent) = self.flight.get(step).filter(|_| stage_us.len() == self.cost.stages()) else { return };
+        if sent.kind == BatchKind::Measure {
+            let us = stage_us.iter().map(|us| u64::from(*us)).sum();
+            if !self.measure.learn(sent.work, us) {
+                return;
+            }
+        }
+        self.cost.observe(sent.work, stage_us, sent.alone.then_some(round_trip_us));
+    }
+
+    /// Whether a micro-batch under way is a guess that is known to be wrong: then its rows need not be computed.
+    pub fn is_void(&self, step: u64) -> bool {
+        self.flight.get(step).is_some_and(|sent| sent.void)
     }
 
     /// A micro-batch came back from the last stage. Sample every output before polling again.
@@ -241,14 +195,15 @@ impl Engine {
             sequence.in_flight -= 1;
             if sequence.phase == Phase::Ending {
                 if sequence.in_flight == 0 {
-                    self.slots.release(slot);
+                    self.release(slot);
                 }
-            } else if sent.outputs {
+            } else if sent.outputs > 0 && !sent.void {
+                sequence.owed = true;
                 outputs.push((sequence.id, index));
             }
         }
         self.debug_check();
-        Ok(Completed { outputs, output_rows: if sent.outputs { sent.slots.len() } else { 0 } })
+        Ok(Completed { kind: sent.kind, outputs, output_rows: if sent.void { 0 } else { sent.outputs as usize } })
     }
 
     /// The epoch is lost. Requests that had slots are given up and returned, in the order they got them; queued ones
@@ -259,46 +214,75 @@ impl Engine {
         lost.sort_unstable();
         self.slots = Slots::new(self.config.slots);
         self.flight = Flight::default();
+        self.dealer = Dealer::default();
         self.started.clear();
-        self.decodes_since_prefill = 0;
+        self.ops.clear();
+        self.drops.clear();
+        self.spares = (self.config.slots..self.config.slots + self.config.spares).rev().collect();
+        self.share = None;
         self.debug_check();
         lost.into_iter().map(|(_, id)| id).collect()
     }
 
     /// The next micro-batch to send, or none while nothing can be sent. Also gives free slots to queued requests.
+    ///
+    /// Sequences that decode and chunks of prompts take turns, each with its share; guesses and measurements only take
+    /// what is idle.
     pub fn poll_micro_batch(&mut self) -> Option<PlannedBatch> {
         self.admit();
+        self.deal();
         if self.flight.len() >= usize::from(self.config.in_flight_max) {
             return None;
         }
         let prefill = self.slots.next_prefill();
-        let ready = self.slots.ready();
-        let (since, share) = (self.decodes_since_prefill, self.config.decodes_per_prefill);
-        let (rows, tokens, outputs) = match schedule::turn(prefill.is_some(), !ready.is_empty(), since, share)? {
-            Turn::Prefill => {
-                self.decodes_since_prefill = 0;
-                let slot = prefill?;
-                self.slots.get_mut(slot)?.take_chunk(slot)?
-            }
-            Turn::Decode => {
-                // It only counts while a prompt waits: otherwise nothing is held up.
-                self.decodes_since_prefill = if prefill.is_some() { since.saturating_add(1) } else { 0 };
-                let (rows, tokens) = self.deal(ready);
-                (rows, tokens, true)
-            }
-        };
-        let ops = self.slots.take_clears();
-        let mut slots: Vec<u32> = rows.iter().map(|r| r.slot).collect();
-        slots.dedup();
-        slots.iter().for_each(|&slot| self.slots.mark_dirty(slot));
-        let step = self.flight.push(slots, outputs);
-        self.debug_check();
-        Some(PlannedBatch { step, ops, rows, tokens })
+        if let Some(slot) = prefill.filter(|_| self.may_send_chunk()) {
+            return self.send_chunk(slot);
+        }
+        if let Some(group) = self.ready_group() {
+            return self.send_group(group);
+        }
+        if prefill.is_none() {
+            return self.send_guess().or_else(|| self.send_measurement());
+        }
+        None
+    }
+
+    /// Steps under way that need not be computed any more, by no stage. Later ones follow them all the same.
+    pub fn poll_drop(&mut self) -> Option<Vec<u64>> {
+        (!self.drops.is_empty()).then(|| std::mem::take(&mut self.drops))
     }
 
     /// The next request that got a slot, if any. Those that ended before they were polled are left out.
     pub fn poll_started(&mut self) -> Option<Started> {
         self.started.pop_front()
+    }
+
+    /// Which guess the draft model may make, when everything that can be sent was polled. Only for a lone stream: a
+    /// draft model follows one text at a time.
+    pub fn wants_guess(&self) -> Option<GuessWanted> {
+        let [group] = self.dealer.groups() else { return None };
+        let &[slot] = &group[..] else { return None };
+        let sequence = self.slots.get(slot).filter(|s| s.proposed.is_none())?;
+        if !self.may_guess(sequence) || !sequence.record.pays(Source::Model, sequence.guesses.len(), &self.cost) {
+            return None;
+        }
+        let tokens = sequence.tokens.iter().copied().chain(sequence.ahead()).collect();
+        let first = sequence.record.likely(Source::Model, sequence.guesses.len()) > guess::LIKELY;
+        Some(GuessWanted { id: sequence.id, tokens, first })
+    }
+
+    /// The draft model's guess. It is ignored when the text has gone on meanwhile.
+    pub fn handle_guess(&mut self, wanted: &GuessWanted, token: i32) {
+        let Some(sequence) = self.slots.find(wanted.id).and_then(|slot| self.slots.get_mut(slot)) else { return };
+        if sequence.tokens.len() + sequence.guesses.len() == wanted.tokens.len() {
+            sequence.proposed = Some(token);
+        }
+    }
+
+    /// What speculation did for a request that has a slot.
+    pub fn sequence_stats(&self, id: RequestId) -> Option<SequenceStats> {
+        let record = &self.slots.get(self.slots.find(id)?)?.record;
+        Some(SequenceStats { guessed: record.guessed, accepted: record.accepted })
     }
 
     /// How much is going on.
@@ -308,6 +292,7 @@ impl Engine {
             slots_used: self.slots.used(),
             queued: self.queue.len(),
             in_flight: self.flight.len(),
+            ..self.totals
         }
     }
 
@@ -321,68 +306,248 @@ impl Engine {
         &self.config
     }
 
-    /// Checks what must always hold. It costs a walk over all slots; debug builds do it after every call.
-    pub fn check_invariants(&self) -> Result<(), InvariantBroken> {
-        let broken = |m: String| Err(InvariantBroken(m));
-        if self.flight.len() > usize::from(self.config.in_flight_max) {
-            return broken(format!("{} micro-batches are under way", self.flight.len()));
-        }
-        if self.queue.len() > self.config.queue_max.saturating_add(self.slots.len() as usize) {
-            return broken(format!("{} requests are queued", self.queue.len()));
-        }
-        let mut under_way = vec![0; self.slots.len() as usize];
-        for &slot in self.flight.iter().flat_map(|sent| &sent.slots) {
-            match under_way.get_mut(slot as usize) {
-                Some(n) => *n += 1,
-                None => return broken(format!("a micro-batch names slot {slot}")),
-            }
-        }
-        for (slot, sequence) in self.slots.iter() {
-            let counted = std::mem::take(&mut under_way[slot as usize]);
-            if counted != sequence.in_flight {
-                return broken(format!("slot {slot} counts {}, but {counted} are under way", sequence.in_flight));
-            }
-            let right = match sequence.phase {
-                Phase::Ready { .. } => counted == 0,
-                Phase::Ending => counted > 0,
-                Phase::Prefill | Phase::Waiting => true,
-            };
-            if !right {
-                return broken(format!("slot {slot} is {:?} with {counted} under way", sequence.phase));
-            }
-            if self.slots.find(sequence.id) != Some(slot) || self.queue.ids().any(|id| id == sequence.id) {
-                return broken(format!("request {} is in two places", sequence.id));
-            }
-        }
-        // What is left belongs to slots without a sequence.
-        if let Some(slot) = under_way.iter().position(|&n| n > 0) {
-            return broken(format!("slot {slot} is free while rows of it are under way"));
-        }
-        match self.slots.leaked() {
-            Some(slot) => broken(format!("slot {slot} is free but would never be cleared")),
-            None => Ok(()),
-        }
+    /// What is known of the stages.
+    pub fn cost(&self) -> &CostModel {
+        &self.cost
     }
 
-    fn debug_check(&self) {
-        debug_assert_eq!(self.check_invariants(), Ok(()));
+    /// The tokens whose KV each slot holds; of a slot in use those sent so far, without guesses.
+    pub fn held(&self) -> Vec<(u32, Vec<i32>)> {
+        self.slots.held().into_iter().map(|h| (h.slot, h.tokens.to_vec())).collect()
     }
 
     fn admit(&mut self) {
-        while let Some(slot) = self.slots.free() {
-            let Some(request) = self.queue.pop() else { return };
-            self.started.push_back(Started { id: request.id, slot });
-            self.slots.occupy(slot, Sequence::new(request, self.admissions, &self.config));
+        let rules = Rules {
+            on: self.config.prefix_cache,
+            rollback: self.config.rollback,
+            grid: self.config.fixed_shapes.then_some(self.config.chunk),
+        };
+        while let Some(request) = self.queue.front() {
+            let Some(seat) = prefix::seat(&self.slots.held(), &request.prompt, rules) else { return };
+            let Some(Request { id, prompt, max_tokens }) = self.queue.pop() else { return };
+            self.ops.extend(seat.ops);
+            self.totals.prompt_tokens += prompt.len() as u64;
+            self.totals.cached_tokens += u64::from(seat.cached);
+            self.started.push_back(Started { id, slot: seat.slot, cached: seat.cached });
+            let tokens_max = max_tokens.unwrap_or(u32::MAX);
+            self.slots.occupy(seat.slot, Sequence::new(id, prompt, tokens_max, self.admissions, seat.cached));
             self.admissions += 1;
         }
     }
 
-    /// A decode micro-batch from those that wait longest, in slot order.
-    fn deal(&mut self, mut ready: Vec<u32>) -> (Vec<Row>, Vec<i32>) {
-        let EngineConfig { stages, decode_batch, chunk, .. } = self.config;
-        let decoding = self.slots.iter().filter(|(_, s)| s.decodes()).count();
-        ready.truncate(schedule::group_size(decoding, stages, decode_batch, chunk));
-        ready.sort_unstable();
-        ready.into_iter().filter_map(|slot| self.slots.get_mut(slot)?.take_token(slot)).unzip()
+    fn deal(&mut self) {
+        if !self.dealer.changed() && self.decodes_since_deal < DEAL_EVERY {
+            return;
+        }
+        self.decodes_since_deal = 0;
+        // More groups than stages hide the links and even out what does not divide, where that is worth smaller groups.
+        let groups_max = if self.config.stages == 1 { 1 } else { 2 * self.cost.stages() };
+        let group_max = self.config.decode_batch.min(self.config.chunk) as usize;
+        let sizes = schedule::deal(&self.cost, self.dealer.len(), self.depth(), groups_max, group_max);
+        if self.dealer.changed() || sizes != self.dealer.sizes() {
+            let slots = &self.slots;
+            self.dealer.deal(&sizes, |slot| slots.get(slot).map_or(0, |s| s.kv_rows));
+        }
+    }
+
+    /// Mean length of the sequences that decode, in tokens.
+    fn depth(&self) -> u32 {
+        let rows = self.slots.iter().filter(|(slot, _)| self.dealer.contains(*slot)).map(|(_, s)| u64::from(s.kv_rows));
+        let (sum, count) = rows.fold((0, 0), |(sum, count), rows| (sum + rows, count + 1));
+        sum.checked_div(count).unwrap_or(0) as u32
+    }
+
+    /// The group that waits longest among those whose members all have their tokens.
+    fn ready_group(&self) -> Option<Vec<u32>> {
+        let since = |group: &Vec<u32>| {
+            let each = group.iter().map(|slot| self.slots.get(*slot)?.ready_since);
+            each.collect::<Option<Vec<u64>>>()?.into_iter().min()
+        };
+        let ready = self.dealer.groups().iter().filter_map(|g| Some((since(g)?, g)));
+        ready.min_by_key(|(since, _)| *since).map(|(_, group)| group.clone())
+    }
+
+    /// Whether a chunk may be sent now, if there is one: one a stage and one more, which is there when the first stage is
+    /// free again; but beside decoding sequences only their share, and a group that is ready goes between two chunks.
+    fn may_send_chunk(&self) -> bool {
+        let (chunks, groups) = (self.flight.count(BatchKind::Prefill), self.dealer.groups().len());
+        if groups == 0 {
+            return chunks <= self.cost.stages();
+        }
+        // Before the first chunk nothing was reckoned, and on a fixed grid nothing can be: then they take turns.
+        let share = self.share.unwrap_or(Share { chunks: groups as u32, rows: 1, every: 1 });
+        chunks < share.chunks as usize
+            && self.decodes_since_chunk >= (share.every - 1) * groups as u32
+            && (self.decodes_since_chunk > 0 || self.ready_group().is_none())
+    }
+
+    fn send_chunk(&mut self, slot: u32) -> Option<PlannedBatch> {
+        let EngineConfig { chunk, decode_slowdown_percent, fixed_shapes, in_flight_max, .. } = self.config;
+        let (sizes, depth, cost) = (self.dealer.sizes(), self.depth(), &self.cost);
+        let sequence = self.slots.get_mut(slot)?;
+        let (start, left) = (sequence.kv_rows, sequence.prompt_left());
+        let count = if fixed_shapes {
+            chunk - start % chunk
+        } else if !sizes.is_empty() {
+            let decoding = Decoding { groups: &sizes, depth };
+            let chunks_max = u32::from(in_flight_max).saturating_sub(sizes.len() as u32);
+            let share = schedule::share(cost, decoding, start, decode_slowdown_percent, chunk, chunks_max);
+            self.share = Some(share);
+            share.rows
+        } else {
+            // Larger sizes than any so far are tried once each, where there is enough of a prompt for it.
+            match cost.unexplored().filter(|rows| *rows <= chunk && *rows <= left / 2 && self.exploring != Some(*rows))
+            {
+                Some(rows) => {
+                    self.exploring = Some(rows);
+                    rows
+                }
+                None => {
+                    // One cut for all of a prompt; its rest would by itself be cut finer, as if the pipeline were empty.
+                    let known = sequence.chunk_rows.filter(|(_, explored)| *explored == cost.explored());
+                    let rows = known.map_or_else(|| schedule::chunk_rows(cost, left, start, chunk), |(rows, _)| rows);
+                    sequence.chunk_rows = Some((rows, cost.explored()));
+                    rows
+                }
+            }
+        };
+        let (rows, tokens, last) = sequence.take_chunk(slot, count, chunk);
+        self.decodes_since_chunk = 0;
+        let work = Work::prefill(rows.len() as u32, start);
+        Some(self.plan(BatchKind::Prefill, vec![slot], u32::from(last), work, rows, tokens))
+    }
+
+    fn send_group(&mut self, group: Vec<u32>) -> Option<PlannedBatch> {
+        self.decodes_since_chunk = self.decodes_since_chunk.saturating_add(1);
+        self.decodes_since_deal += 1;
+        let taken = group.iter().filter_map(|&slot| self.slots.get_mut(slot)?.take_token(slot));
+        let (rows, tokens): (Vec<Row>, Vec<i32>) = taken.unzip();
+        let count = rows.len() as u32;
+        let work = Work::decode(count, rows.iter().map(|r| u64::from(r.pos) + 1).sum());
+        Some(self.plan(BatchKind::Decode, group, count, work, rows, tokens))
+    }
+
+    fn may_guess(&self, sequence: &Sequence) -> bool {
+        self.config.rollback != Rollback::None
+            && self.flight.len() <= self.cost.stages()
+            && sequence.may_guess(self.config.speculation_depth, self.config.ctx)
+            && (self.config.rollback == Rollback::Trim || !self.spares.is_empty())
+    }
+
+    /// One guess of the sequence that has the fewest under way. Sequences that share a micro-batch have none: batching
+    /// was found to be better there.
+    fn send_guess(&mut self) -> Option<PlannedBatch> {
+        let lone = self.dealer.groups().iter().filter(|g| g.len() == 1).filter_map(|g| g.first().copied());
+        let mut lone: Vec<(usize, u32)> = lone
+            .filter_map(|slot| self.slots.get(slot).filter(|s| self.may_guess(s)).map(|s| (s.guesses.len(), slot)))
+            .collect();
+        lone.sort_unstable();
+        for (ahead, slot) in lone {
+            let Some(sequence) = self.slots.get_mut(slot) else { continue };
+            let found = sequence.proposed.map(|token| (token, Source::Model)).or_else(|| sequence.look_up());
+            let Some((token, source)) = found else { continue };
+            if source == Source::Model || sequence.record.pays(source, ahead, &self.cost) {
+                return self.guess(slot, token, source);
+            }
+        }
+        None
+    }
+
+    fn guess(&mut self, slot: u32, token: i32, source: Source) -> Option<PlannedBatch> {
+        let spare = match self.config.rollback {
+            Rollback::Copy => Some(self.spares.pop()?),
+            Rollback::Trim | Rollback::None => None,
+        };
+        if let Some(spare) = spare {
+            self.ops.push(KvOp::Copy { from: slot, to: spare });
+        }
+        let step = self.flight.next_step();
+        let (row, token) = self.slots.get_mut(slot)?.take_guess(slot, Guess { token, step, source, spare });
+        self.totals.guessed += 1;
+        let work = Work::decode(1, u64::from(row.pos) + 1);
+        Some(self.plan(BatchKind::Guess, vec![slot], 1, work, vec![row], vec![token]))
+    }
+
+    fn send_measurement(&mut self) -> Option<PlannedBatch> {
+        if !self.is_idle() {
+            return None;
+        }
+        let slot = self.slots.empty()?;
+        let work = self.measure.take()?;
+        let rows: Vec<Row> = (0..work.rows).map(|pos| Row { slot, pos, output: work.decode }).collect();
+        let (outputs, tokens) = (if work.decode { work.rows } else { 0 }, vec![0; rows.len()]);
+        let planned = self.plan(BatchKind::Measure, Vec::new(), outputs, work, rows, tokens);
+        self.ops.push(KvOp::Clear { slot });
+        Some(planned)
+    }
+
+    fn plan(
+        &mut self,
+        kind: BatchKind,
+        slots: Vec<u32>,
+        outputs: u32,
+        work: Work,
+        rows: Vec<Row>,
+        tokens: Vec<i32>,
+    ) -> PlannedBatch {
+        let step = self.flight.push(kind, slots, outputs, work);
+        let ops = std::mem::take(&mut self.ops);
+        self.debug_check();
+        PlannedBatch { step, kind, ops, rows, tokens }
+    }
+
+    /// The guesses of a sequence are wrong: none of them need be computed, and what was is taken back.
+    fn give_up_guesses(&mut self, slot: u32) {
+        let Some(sequence) = self.slots.get_mut(slot) else { return };
+        let (from, guesses) = (sequence.kv_rows, sequence.take_guesses());
+        let Some(first) = guesses.front() else { return };
+        match first.spare {
+            None => self.ops.push(KvOp::Trim { slot, from }),
+            Some(spare) => self.ops.extend([KvOp::Clear { slot }, KvOp::Copy { from: spare, to: slot }]),
+        }
+        for guess in guesses {
+            self.flight.void(guess.step);
+            self.drops.push(guess.step);
+            self.totals.dropped += 1;
+            guess.spare.into_iter().for_each(|spare| self.give_back(spare));
+        }
+    }
+
+    /// What a spare sequence holds is not needed any more. It is cleared at once: until then it keeps cells of the
+    /// cache that the rows to come would otherwise have, and their place decides the order of sums.
+    fn give_back(&mut self, spare: u32) {
+        self.ops.push(KvOp::Clear { slot: spare });
+        self.spares.push(spare);
+    }
+
+    fn end(&mut self, slot: u32) {
+        self.give_up_guesses(slot);
+        self.dealer.leave(slot);
+        let Some(sequence) = self.slots.get_mut(slot) else { return };
+        sequence.phase = Phase::Ending;
+        sequence.ready_since = None;
+        sequence.owed = false;
+        let (id, in_flight) = (sequence.id, sequence.in_flight);
+        self.started.retain(|s| s.id != id);
+        if in_flight == 0 {
+            self.release(slot);
+        }
+    }
+
+    fn release(&mut self, slot: u32) {
+        let keep = self.config.prefix_cache && self.config.rollback != Rollback::None;
+        let sequence = self.slots.release(slot, keep);
+        if !keep && sequence.is_some_and(|s| s.kv_rows > 0) {
+            self.ops.push(KvOp::Clear { slot });
+        }
+    }
+
+    pub(crate) fn parts(&self) -> Parts<'_> {
+        let Self { config, queue, slots, flight, dealer, spares, .. } = self;
+        Parts { config, queue, slots, flight, dealer, spares }
+    }
+
+    fn debug_check(&self) {
+        debug_assert_eq!(self.check_invariants(), Ok(()));
     }
 }

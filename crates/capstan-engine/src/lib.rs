@@ -9,9 +9,14 @@
 //! | [`contract`] | the tests that every stage passes |
 //! | [`fake`] | a stage that hashes instead of multiplying, so that any KV mistake shows |
 //! | [`config`] | the scheduler's limits, checked |
-//! | [`schedule`] | the decisions as small pure functions: chunks, deal, whose turn it is |
+//! | [`cost`] | what a micro-batch costs on each stage, measured |
+//! | [`schedule`] | decisions as small pure functions of the cost: how a prompt is cut, how sequences are dealt, the share |
+//! | `measure` | the short measurement at the start |
 //! | `sequence`, `slots`, `queue`, `flight` | one request, its place in the KV caches, those who wait, what is under way |
-//! | [`engine`] | the state machine over all of them |
+//! | `dealer` | which sequences decode together |
+//! | `prefix` | what a new prompt takes over from the caches |
+//! | `ngram`, `guess` | where guesses come from, and whether they pay |
+//! | [`engine`] | the state machine over all of them; `report` what it hands out, `invariants` what always holds |
 //!
 //! Two sequences, A and B, decode over three stages while C's prompt comes in (a number is a step):
 //!
@@ -21,26 +26,45 @@
 //! stage 2 |     |     | A 0 | B 1 | C 2 | A 3 | ...     the driver samples A's token after step 0, and so on
 //! ```
 //!
+//! A lone sequence leaves stages idle. They verify guesses, one token a micro-batch, of which the sampled token tells
+//! whether it was right:
+//!
+//! ```text
+//! stage 0 | A 0 | A 1? | A 2? | A 3 | ...        step 1 was guessed right, step 2 was not: it is void, and its row is
+//! stage 1 |     | A 0  | A 1? | void| A 3 | ...  trimmed from the caches before step 3
+//! ```
+//!
 //! What always holds: steps count from 0 without gaps; micro-batches come back in the order they were sent; a sequence
-//! has at most one decode row under way; a slot is given to another sequence only when nothing of the former one is
-//! under way, and its `Clear` travels no later than the new one's first row.
+//! has at most one row under way that is not a guess; a slot is given to another sequence only when nothing of the
+//! former one is under way, and what it must forget or copy travels no later than the new one's first row.
 #![forbid(unsafe_code)]
 
 pub mod config;
 pub mod contract;
+pub mod cost;
+mod dealer;
 pub mod engine;
 pub mod fake;
 mod flight;
+mod guess;
+mod invariants;
+mod measure;
+mod ngram;
+mod prefix;
 mod queue;
+mod report;
 pub mod schedule;
 mod sequence;
 mod slots;
 pub mod stage;
 
 pub use config::{ConfigError, EngineConfig};
-pub use engine::{
-    Completed, Counters, Engine, FinishedBy, InvariantBroken, PlannedBatch, Started, SubmitError, TokenOutcome,
-};
+pub use cost::{CostModel, Work};
+pub use engine::Engine;
 pub use fake::{FakeModel, FakeStage};
-pub use flight::CompletedError;
+pub use flight::{BatchKind, CompletedError};
+pub use report::{
+    Completed, Counters, FinishedBy, GuessWanted, InvariantBroken, PlannedBatch, SequenceStats, Started, SubmitError,
+    TokenOutcome,
+};
 pub use stage::{Stage, StageError, StageOutput, StepGuard};

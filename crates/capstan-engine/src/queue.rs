@@ -22,6 +22,10 @@ impl Queue {
         self.requests.push_back(request);
     }
 
+    pub fn front(&self) -> Option<&Request> {
+        self.requests.front()
+    }
+
     pub fn pop(&mut self) -> Option<Request> {
         self.requests.pop_front()
     }

@@ -4,10 +4,11 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use capstan_proto::child::WindowIo;
+use capstan_proto::data::Rollback;
 use capstan_proto::{LayerRange, limits};
 
-use crate::arch::EmbeddingScale;
 use crate::arch::windows::Windows;
+use crate::arch::{self, EmbeddingScale};
 use crate::bytes::FileBytes;
 use crate::parse::{self, Header, TensorInfo};
 use crate::shard::{self, ShardInfo};
@@ -214,6 +215,10 @@ impl Model {
     /// The layers at which the model may be cut into two stages.
     pub fn single_cuts(&self) -> Vec<u32> {
         self.windows.single_cuts()
+    }
+    /// How rows computed in vain are taken back from its memory of a sequence.
+    pub fn rollback(&self) -> Rollback {
+        arch::rollback(&self.architecture)
     }
     /// How hidden states enter and leave a stage of this range.
     pub fn window_io(&self, range: LayerRange) -> WindowIo {

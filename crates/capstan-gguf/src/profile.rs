@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use crate::arch::windows::Facts;
 use crate::arch::{Mixer, State};
 use crate::model::Model;
+use crate::parse::TensorInfo;
 
 /// Bytes of an element of the KV cache at f16.
 const F16_BYTES: u64 = 2;
@@ -32,6 +33,8 @@ pub struct ModelProfile {
     /// Bytes of the head that is read for each row of logits: the output matrix, or the embedding table when tied, and
     /// the norm before it.
     pub output_bytes: u64,
+    /// How many weights these bytes are.
+    pub output_weights: u64,
     /// Bytes of all tensors, extra prediction layers included.
     pub total_bytes: u64,
     /// The head is the embedding table.
@@ -45,6 +48,8 @@ pub struct LayerProfile {
     pub weight_bytes: u64,
     /// Of which so many are read for one token: of experts only the share that a token uses.
     pub active_bytes: u64,
+    /// How many weights these bytes are: with few bits a weight, unpacking them takes longer than reading them.
+    pub active_weights: u64,
     /// Bytes of KV cache per token at f16; 0 for a recurrent layer.
     pub kv_bytes_per_token: u64,
     /// Bytes of state per slot of a recurrent layer; 0 for others.
@@ -57,6 +62,7 @@ pub(crate) fn profile(model: &Model) -> ModelProfile {
         .map(|i| LayerProfile {
             weight_bytes: 0,
             active_bytes: 0,
+            active_weights: 0,
             kv_bytes_per_token: kv_bytes(model, &f, i),
             recurrent_state_bytes: state_bytes(model, &f, i),
         })
@@ -67,12 +73,13 @@ pub(crate) fn profile(model: &Model) -> ModelProfile {
         let Some((i, name)) = t.layer() else { continue };
         let Some(layer) = layers.get_mut(i as usize) else { continue };
         layer.weight_bytes = layer.weight_bytes.saturating_add(t.bytes);
-        let active = if name.contains("exps") { used_experts(&f, i, t.bytes) } else { t.bytes };
-        layer.active_bytes = layer.active_bytes.saturating_add(active);
+        let active = |all| if name.contains("exps") { used_experts(&f, i, all) } else { all };
+        layer.active_bytes = layer.active_bytes.saturating_add(active(t.bytes));
+        layer.active_weights = layer.active_weights.saturating_add(active(weights(t)));
     }
     let bytes = |name: &str| model.tensor(name).map_or(0, |t| t.bytes);
     let tied = model.tensor("output.weight").is_none();
-    let head = if tied { bytes("token_embd.weight") } else { bytes("output.weight") };
+    let head = model.tensor(if tied { "token_embd.weight" } else { "output.weight" });
     ModelProfile {
         architecture: model.architecture().to_owned(),
         name: model.name().unwrap_or_default().to_owned(),
@@ -82,17 +89,23 @@ pub(crate) fn profile(model: &Model) -> ModelProfile {
         context_train: f.u32("context_length").unwrap_or(0),
         layers,
         embedding_bytes: bytes("token_embd.weight"),
-        output_bytes: head + bytes("output_norm.weight"),
+        output_bytes: head.map_or(0, |t| t.bytes) + bytes("output_norm.weight"),
+        output_weights: head.map_or(0, weights),
         total_bytes,
         tied,
     }
 }
 
-fn used_experts(f: &Facts<'_>, layer: u32, bytes: u64) -> u64 {
+fn weights(tensor: &TensorInfo) -> u64 {
+    tensor.dims.iter().fold(1, |product: u64, &dim| product.saturating_mul(dim))
+}
+
+/// The share of all experts' bytes or weights that one token uses.
+fn used_experts(f: &Facts<'_>, layer: u32, of_all: u64) -> u64 {
     let count = |bare, i| f.per_layer(bare, i).and_then(|n| u64::try_from(n).ok()).filter(|n| *n > 0);
     match (count("expert_used_count", layer), count("expert_count", layer)) {
-        (Some(used), Some(all)) if used < all => (u128::from(bytes) * u128::from(used) / u128::from(all)) as u64,
-        _ => bytes,
+        (Some(used), Some(all)) if used < all => (u128::from(of_all) * u128::from(used) / u128::from(all)) as u64,
+        _ => of_all,
     }
 }
 

@@ -5,8 +5,8 @@ use llama_cpp_sys_2 as sys;
 /// The arrays behind a `llama_batch`, kept between micro-batches so that their memory is reused.
 #[derive(Default)]
 pub(crate) struct Batch {
-    tokens: Vec<i32>,
-    hidden: Vec<f32>,
+    /// Hidden states that had to be widened.
+    padded: Vec<f32>,
     pos: Vec<i32>,
     seq_count: Vec<i32>,
     seq: Vec<i32>,
@@ -30,18 +30,15 @@ impl Batch {
     /// state is wider than the shape.
     pub(crate) fn fill(&mut self, rows: &[Row], payload: &Payload, shape: RowShape) {
         let n = rows.len();
-        self.tokens.clear();
-        self.hidden.clear();
+        self.padded.clear();
         let positions = match payload {
-            Payload::Tokens(tokens) => {
-                self.tokens.extend_from_slice(tokens);
-                1
-            }
+            Payload::Tokens(_) => 1,
             Payload::Hidden(hidden) => {
                 let width = hidden.len().checked_div(n).unwrap_or(0);
-                self.hidden.resize(n * shape.width, 0.0);
-                if width > 0 {
-                    for (to, from) in self.hidden.chunks_mut(shape.width).zip(hidden.chunks(width)) {
+                // As wide as the model wants them, they are taken where they are.
+                if width > 0 && width < shape.width {
+                    self.padded.resize(n * shape.width, 0.0);
+                    for (to, from) in self.padded.chunks_mut(shape.width).zip(hidden.chunks(width)) {
                         to[..width].copy_from_slice(from);
                     }
                 }
@@ -61,15 +58,20 @@ impl Batch {
         self.output.extend(rows.iter().map(|r| i8::from(shape.all_outputs || r.output)));
     }
 
-    /// The C struct, which points into this one and is valid until it is changed or dropped.
-    pub(crate) fn raw(&mut self) -> sys::llama_batch {
+    /// The C struct, which points into this one and into the payload it was filled with, and is valid until either is
+    /// changed or dropped. llama.cpp only reads what it points to.
+    pub(crate) fn raw(&mut self, payload: &Payload) -> sys::llama_batch {
         self.seq_of_row.clear();
         self.seq_of_row.extend(self.seq.iter_mut().map(std::ptr::from_mut));
-        let null_if_empty = |empty: bool, p: *mut i32| if empty { std::ptr::null_mut() } else { p };
+        let (token, embd) = match payload {
+            Payload::Tokens(tokens) => (tokens.as_ptr().cast_mut(), std::ptr::null_mut()),
+            Payload::Hidden(hidden) if self.padded.is_empty() => (std::ptr::null_mut(), hidden.as_ptr().cast_mut()),
+            Payload::Hidden(_) => (std::ptr::null_mut(), self.padded.as_mut_ptr()),
+        };
         sys::llama_batch {
             n_tokens: self.seq.len() as i32,
-            token: null_if_empty(self.tokens.is_empty(), self.tokens.as_mut_ptr()),
-            embd: if self.hidden.is_empty() { std::ptr::null_mut() } else { self.hidden.as_mut_ptr() },
+            token,
+            embd,
             pos: self.pos.as_mut_ptr(),
             n_seq_id: self.seq_count.as_mut_ptr(),
             seq_id: self.seq_of_row.as_mut_ptr(),
@@ -87,13 +89,21 @@ mod tests {
         let rows = [5, 6].map(|pos| Row { slot: 2, pos, output: pos == 6 });
         let mut batch = Batch::default();
         let shape = RowShape { width: 3, positions: 4, all_outputs: false };
-        batch.fill(&rows, &Payload::Hidden(vec![1.0, 2.0, 3.0, 4.0]), shape);
-        assert_eq!(batch.hidden, [1.0, 2.0, 0.0, 3.0, 4.0, 0.0]);
+        let narrow = Payload::Hidden(vec![1.0, 2.0, 3.0, 4.0]);
+        batch.fill(&rows, &narrow, shape);
+        assert_eq!(batch.padded, [1.0, 2.0, 0.0, 3.0, 4.0, 0.0]);
         assert_eq!(batch.pos, [5, 6, 5, 6, 5, 6, 0, 0]);
         assert_eq!((&batch.seq[..], &batch.output[..]), (&[2, 2][..], &[0, 1][..]));
-        assert!(batch.raw().token.is_null());
-        batch.fill(&rows, &Payload::Tokens(vec![7, 8]), RowShape { all_outputs: true, ..shape });
+        assert!(batch.raw(&narrow).token.is_null());
+        assert_eq!(batch.raw(&narrow).embd, batch.padded.as_mut_ptr());
+        let fitting = vec![0.5; 6];
+        let at = fitting.as_ptr();
+        let fitting = Payload::Hidden(fitting);
+        batch.fill(&rows, &fitting, shape);
+        assert_eq!(batch.raw(&fitting).embd.cast_const(), at, "taken where they are");
+        let tokens = Payload::Tokens(vec![7, 8]);
+        batch.fill(&rows, &tokens, RowShape { all_outputs: true, ..shape });
         assert_eq!((&batch.pos[..], &batch.output[..]), (&[5, 6][..], &[1, 1][..]));
-        assert!(batch.raw().embd.is_null());
+        assert!(batch.raw(&tokens).embd.is_null());
     }
 }

@@ -48,6 +48,7 @@ impl State {
     /// Ready for a micro-batch of so many rows.
     pub(crate) fn begin(&mut self, rows: usize) {
         self.floats_max = rows.saturating_mul(self.width);
+        // The caller takes the rows away, so each micro-batch gets memory of its own.
         self.floats = Vec::with_capacity(self.floats_max);
         self.seen = 0;
         self.problem = None;
@@ -73,10 +74,14 @@ impl State {
         if start + count > self.floats_max {
             return Err(format!("it has more rows than the micro-batch ({count} floats)"));
         }
-        self.floats.resize(start + count, 0.0);
-        let into = self.floats[start..].as_mut_ptr().cast::<c_void>();
-        // SAFETY: the tensor is contiguous F32 with `count` elements, and `into` has room for as many.
-        unsafe { sys::ggml_backend_tensor_get(tensor, into, 0, count * size_of::<f32>()) };
+        self.floats.reserve_exact(count);
+        let into = self.floats.spare_capacity_mut().as_mut_ptr().cast::<c_void>();
+        // SAFETY: the tensor is contiguous F32 with `count` elements, and `into` has room for as many, all of which the
+        // call writes.
+        unsafe {
+            sys::ggml_backend_tensor_get(tensor, into, 0, count * size_of::<f32>());
+            self.floats.set_len(start + count);
+        }
         Ok(())
     }
 }

@@ -23,6 +23,8 @@ pub struct ContextOptions {
     pub ctx_per_slot: u32,
     /// Sequences at once.
     pub slots: u32,
+    /// Sequences beyond the slots that are only copied to and from: snapshots before guesses. They have no rows.
+    pub spares: u32,
     /// Most rows of a micro-batch; at most the tokens that all slots hold.
     pub ubatch: u32,
     /// Compute threads; none takes every core that the process may use.
@@ -32,7 +34,8 @@ pub struct ContextOptions {
     /// Most rows of a micro-batch whose logits are wanted; none is one a slot. Memory for logits grows with it. Without
     /// meaning when hidden states are captured.
     pub outputs_max: Option<u32>,
-    /// One cache for all sequences instead of one each. A sequence's numbers then depend on what else is in it.
+    /// One cache for all sequences instead of one each, so that a copy shares what it copies and costs nothing. A
+    /// sequence's numbers then depend on what else is in it: sums over the cache run in another order.
     pub kv_unified: bool,
 }
 
@@ -41,6 +44,7 @@ impl Default for ContextOptions {
         Self {
             ctx_per_slot: 4096,
             slots: 1,
+            spares: 0,
             ubatch: 512,
             threads: None,
             capture: None,
@@ -68,8 +72,9 @@ pub struct Context {
     width: Option<usize>,
     threads: ThreadPool,
     batch: Batch,
-    /// The next position of each slot: what llama.cpp's cache holds, known without asking it.
+    /// The next position of each slot, then of each spare: what llama.cpp's cache holds, known without asking it.
     next: Vec<u32>,
+    slots: u32,
     ctx_per_slot: u32,
     ubatch: u32,
     outputs_max: u32,
@@ -85,19 +90,29 @@ impl Context {
     pub fn new(model: Arc<Model>, options: &ContextOptions) -> Result<Self, LlamaError> {
         let bad = |m: String| Err(LlamaError::Context(m));
         // SAFETY: a constant of the library.
-        let slots_max = unsafe { sys::llama_max_parallel_sequences() };
-        if options.slots == 0 || options.slots as usize > slots_max {
-            return bad(format!("{} slots are asked for; choose 1 to {slots_max}", options.slots));
+        let sequences_max = unsafe { sys::llama_max_parallel_sequences() };
+        let sequences = options.slots.saturating_add(options.spares);
+        if options.slots == 0 || sequences as usize > sequences_max {
+            return bad(format!(
+                "{} slots and {} snapshots are asked for; choose 1 to {sequences_max} in all",
+                options.slots, options.spares
+            ));
         }
         if options.ubatch == 0 || options.ctx_per_slot == 0 {
             return bad("a context and a micro-batch need room for at least one token".into());
         }
+        // In one cache a snapshot shares the cells of what it is a snapshot of.
+        let caches = if options.kv_unified { options.slots } else { sequences };
         let per_slot = options.ctx_per_slot.checked_next_multiple_of(CTX_STEP);
-        let in_all = per_slot.and_then(|c| c.checked_mul(options.slots)).filter(|c| *c <= i32::MAX as u32);
+        let in_all = per_slot.and_then(|c| c.checked_mul(caches)).filter(|c| *c <= i32::MAX as u32);
         let (Some(per_slot), Some(n_ctx)) = (per_slot, in_all) else {
             return bad(format!("{} slots of {} tokens are too many", options.slots, options.ctx_per_slot));
         };
-        let ubatch = options.ubatch.min(n_ctx);
+        let ubatch = options.ubatch.min(per_slot * options.slots);
+        // llama.cpp sizes the buffers of some hybrid models as if one sequence's rows were spread over every cache, and
+        // aborts when that does not come out even.
+        let spread = if options.kv_unified || !model.is_hybrid() { 1 } else { sequences };
+        let n_ubatch = ubatch.next_multiple_of(spread);
         let outputs_max = match (&options.capture, options.outputs_max) {
             (Some(_), _) => ubatch,
             (None, wanted) => wanted.unwrap_or(options.slots).clamp(1, ubatch),
@@ -112,11 +127,11 @@ impl Context {
         // SAFETY: only returns constants of the library.
         let mut params = unsafe { sys::llama_context_default_params() };
         params.n_ctx = n_ctx;
-        params.n_batch = ubatch;
-        params.n_ubatch = ubatch;
-        params.n_seq_max = options.slots;
+        params.n_batch = n_ubatch;
+        params.n_ubatch = n_ubatch;
+        params.n_seq_max = sequences;
         // llama.cpp asserts that its output buffer, which has a row for each sequence at least, is within this.
-        params.n_outputs_max = outputs_max.max(options.slots);
+        params.n_outputs_max = outputs_max.max(sequences);
         params.n_outputs_max_per_seq = 0;
         params.n_threads = threads as i32;
         params.n_threads_batch = threads as i32;
@@ -142,7 +157,7 @@ impl Context {
             return bad(why);
         };
         // SAFETY: the context was just made; the calls only read it.
-        let (memory, ubatch, got_slots, got_per_slot) = unsafe {
+        let (memory, got_ubatch, got_sequences, got_per_slot) = unsafe {
             let c = ptr.as_ptr();
             (sys::llama_get_memory(c), sys::llama_n_ubatch(c), sys::llama_n_seq_max(c), sys::llama_n_ctx_seq(c))
         };
@@ -153,9 +168,10 @@ impl Context {
             width: options.capture.as_ref().map(|c| c.width),
             threads: ThreadPool::attach(ptr, threads),
             batch: Batch::default(),
-            next: vec![0; options.slots as usize],
+            next: vec![0; sequences as usize],
+            slots: options.slots,
             ctx_per_slot: per_slot,
-            ubatch,
+            ubatch: ubatch.min(got_ubatch),
             outputs_max,
             sizes: log::sizes(),
             model,
@@ -163,8 +179,8 @@ impl Context {
         if memory.is_null() {
             return bad("the model keeps no memory of a sequence, so it cannot generate text".into());
         }
-        if got_slots != options.slots || got_per_slot < per_slot {
-            return bad(format!("llama.cpp made {got_slots} slots of {got_per_slot} tokens"));
+        if got_sequences != sequences || got_per_slot < per_slot {
+            return bad(format!("llama.cpp made {got_sequences} slots of {got_per_slot} tokens"));
         }
         Ok(context)
     }
@@ -275,6 +291,9 @@ impl Context {
         let mut per_slot: Option<usize> = None;
         for group in rows.chunk_by(|a, b| a.slot == b.slot) {
             let slot = slot_of(group[0].slot)?;
+            if group[0].slot >= self.slots {
+                return Err(refuse(format!("sequence {slot} is for snapshots and takes no rows")));
+            }
             // Captured rows come in the order in which llama.cpp regroups them. With as many rows for each slot that
             // order is the micro-batch's own; otherwise it is another, without any error.
             if *per_slot.get_or_insert(group.len()) != group.len() {
@@ -336,7 +355,7 @@ impl Context {
         // SAFETY: the context is live and used by this thread alone (`&mut self`); the batch's arrays have the lengths
         // that `n_tokens` asks for and live until the call returns; rows, positions, slots, tokens and outputs are
         // within the bounds that llama.cpp asserts (`check_payload`, `plan`).
-        let code = unsafe { sys::llama_decode(self.ptr.as_ptr(), self.batch.raw()) };
+        let code = unsafe { sys::llama_decode(self.ptr.as_ptr(), self.batch.raw(payload)) };
         if code != 0 {
             let why = log::errors(match code {
                 1 => "the KV cache has no room",

@@ -16,6 +16,7 @@
 //! | [`stage`] | a layer range behind the engine's `Stage` |
 //! | [`sampler`] | a token from logits |
 //! | [`rows`] | an embedding row from a quantised tensor |
+//! | `rpc` | llama.cpp's own RPC, for the benchmark to compare with (feature `rpc`, never on in the product) |
 pub mod backend;
 mod batch;
 mod capture;
@@ -24,6 +25,8 @@ mod error;
 mod log;
 pub mod model;
 pub mod rows;
+#[cfg(feature = "rpc")]
+pub mod rpc;
 pub mod sampler;
 pub mod stage;
 pub mod vocab;
@@ -33,7 +36,7 @@ pub use capture::Capture;
 pub use context::{Context, ContextMemory, ContextOptions};
 pub use error::LlamaError;
 pub use model::{Model, ModelOptions, Progress};
-pub use rows::{dequantize_row, row_bytes};
+pub use rows::{append_row, dequantize_row, row_bytes};
 pub use sampler::{Sampler, logprobs};
 pub use stage::{LlamaStage, StageInput, StageOptions};
 pub use vocab::Vocab;

@@ -19,12 +19,20 @@ pub fn row_bytes(ggml_type: u32, n: usize) -> Result<usize, LlamaError> {
 
 /// The `n` values of one row of a tensor of a ggml type (`F32`, `F16`, `BF16` or any quantised one).
 pub fn dequantize_row(ggml_type: u32, row: &[u8], n: usize) -> Result<Vec<f32>, LlamaError> {
+    let mut out = Vec::new();
+    append_row(ggml_type, row, n, &mut out)?;
+    Ok(out)
+}
+
+/// As [`dequantize_row`], at the end of `out`, which is unchanged when it fails.
+pub fn append_row(ggml_type: u32, row: &[u8], n: usize, out: &mut Vec<f32>) -> Result<(), LlamaError> {
     let want = row_bytes(ggml_type, n)?;
     if row.len() != want {
         return Err(bad(format!("a row of {n} values has {want} bytes, not {}", row.len())));
     }
     if ggml_type == sys::GGML_TYPE_F32 {
-        return Ok(row.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect());
+        out.extend(row.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)));
+        return Ok(());
     }
     let to_float = traits(ggml_type)?.to_float;
     let to_float = to_float.ok_or_else(|| bad(format!("ggml type {ggml_type} has no conversion to floats")))?;
@@ -39,10 +47,12 @@ pub fn dequantize_row(ggml_type: u32, row: &[u8], n: usize) -> Result<Vec<f32>, 
             aligned.as_ptr().cast()
         }
     };
-    let mut out = vec![0f32; n];
-    // SAFETY: `source` is aligned and holds the `want` bytes that `n` values of this type take; `out` holds `n` floats.
-    unsafe { to_float(source.cast(), out.as_mut_ptr(), count) };
-    Ok(out)
+    let start = out.len();
+    out.resize(start + n, 0.0);
+    // SAFETY: `source` is aligned and holds the `want` bytes that `n` values of this type take; `out` holds `n` floats
+    // from `start` on.
+    unsafe { to_float(source.cast(), out[start..].as_mut_ptr(), count) };
+    Ok(())
 }
 
 fn traits(ggml_type: u32) -> Result<&'static sys::ggml_type_traits, LlamaError> {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use capstan_engine::{Stage, StageError, StageOutput, StepGuard};
 use capstan_proto::Epoch;
 use capstan_proto::child::{StageInfo, StageSpec};
-use capstan_proto::data::{MicroBatch, Payload, Row};
+use capstan_proto::data::{MicroBatch, Payload, Rollback, Row};
 
 use crate::backend::{DeviceKind, devices};
 use crate::context::{Context, ContextOptions};
@@ -67,11 +67,14 @@ impl StageOptions {
             context: ContextOptions {
                 ctx_per_slot: spec.ctx,
                 slots: spec.slots,
+                spares: spec.scheduling.spares(),
                 ubatch: spec.ubatch,
                 threads: spec.threads,
                 capture,
                 outputs_max: None,
-                kv_unified: false,
+                // Snapshots of hybrid memory are taken before every guess. In caches of their own each would copy all of
+                // a cache; but only there do an answer's bits depend on nothing else, which `decode_batch` 1 promises.
+                kv_unified: spec.scheduling.rollback == Rollback::Copy && spec.decode_batch > 1,
             },
             gpu_layers: spec.gpu_layers,
             progress: None,

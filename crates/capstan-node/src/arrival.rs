@@ -1,8 +1,8 @@
-//! A stage's shard: found on this node's disk, or fetched from its coordinator.
+//! A stage's files, its shard and a draft model: found on this node's disk, or fetched from its coordinator.
 use std::path::PathBuf;
 
 use capstan_proto::NodeId;
-use capstan_proto::control::{ShardRef, StageCommand, StageEvent, StageOrder};
+use capstan_proto::control::{ShardRef, StageCommand, StageEvent, StageFile};
 use capstan_store::{Hold, StoreError};
 use tokio::sync::mpsc;
 
@@ -11,68 +11,101 @@ use crate::runs::unless_stopped;
 use crate::stages::Events;
 use crate::throttle::Throttle;
 
-/// Where a stage's shard comes from.
-pub(crate) enum ShardSource {
-    /// A file of this node.
-    Local(PathBuf),
-    /// The coordinator offers it.
-    Fetch(NodeId),
+/// Where a stage's files come from.
+pub(crate) enum FileSource {
+    /// This node coordinates: its store has them, and what need not be cut lies where it is.
+    Here {
+        /// A model that stays whole.
+        shard: Option<PathBuf>,
+        /// A draft model.
+        draft: Option<PathBuf>,
+    },
+    /// The coordinator offers them.
+    There(NodeId),
 }
 
-/// A shard that may be loaded.
-pub(crate) struct ShardFile {
+/// A file that may be loaded.
+pub(crate) struct ArrivedFile {
     pub(crate) path: PathBuf,
     /// Keeps it on the disk for as long as the stage lives.
     _hold: Option<Hold>,
 }
 
-/// The file to load; none when the stage was stopped while it waited.
-pub(crate) async fn shard_file(
-    shared: &Shared,
-    order: &StageOrder,
-    source: ShardSource,
-    commands: &mut mpsc::Receiver<StageCommand>,
-    events: &Events,
-) -> Result<Option<ShardFile>, String> {
-    let coordinator = match source {
-        ShardSource::Local(path) => return Ok(Some(ShardFile { path, _hold: None })),
-        ShardSource::Fetch(coordinator) => coordinator,
-    };
-    let trouble = |e: StoreError| format!("could not get its shard: {e}");
-    let progress = || {
+/// What a stage's files need while they arrive.
+pub(crate) struct Arrival<'a> {
+    pub(crate) shared: &'a Shared,
+    pub(crate) source: FileSource,
+    pub(crate) events: &'a Events,
+}
+
+impl Arrival<'_> {
+    /// The file to load; none when the stage was stopped while it waited. `known` is what the coordinator says it is.
+    pub(crate) async fn file(
+        &self,
+        file: StageFile,
+        known: Option<ShardRef>,
+        commands: &mut mpsc::Receiver<StageCommand>,
+    ) -> Result<Option<ArrivedFile>, String> {
+        let what = match file {
+            StageFile::Shard => "its shard",
+            StageFile::Draft => "its draft model",
+        };
+        let trouble = |e: StoreError| format!("could not get {what}: {e}");
+        if let FileSource::Here { shard, draft } = &self.source
+            && let Some(path) = match file {
+                StageFile::Shard => shard,
+                StageFile::Draft => draft,
+            }
+        {
+            return Ok(Some(ArrivedFile { path: path.clone(), _hold: None }));
+        }
+        if let Some(known) = known {
+            let hold = self.shared.store.hold(&known.hash);
+            // Hashed once by each daemon, minutes for a large one; later only when its size or time has changed.
+            let check = self.shared.store.local_verified(&known.hash, self.progress());
+            let Some(found) = unless_stopped(commands, check).await else { return Ok(None) };
+            if let Some(path) = found.map_err(trouble)? {
+                self.events.must(StageEvent::Fetched(file))?;
+                return Ok(Some(ArrivedFile { path, _hold: Some(hold) }));
+            }
+        }
+        self.events.must(StageEvent::Need(file))?;
+        let offer = loop {
+            match commands.recv().await {
+                Some(StageCommand::Fetch(f, offer)) if f == file => break offer,
+                Some(StageCommand::Stop) | None => return Ok(None),
+                Some(_) => {}
+            }
+        };
+        let hold = self.shared.store.hold(&offer.hash);
+        let got = match self.source {
+            FileSource::Here { .. } => {
+                let check = self.shared.store.local_verified(&offer.hash, self.progress());
+                let Some(found) = unless_stopped(commands, check).await else { return Ok(None) };
+                found.map_err(trouble)?.ok_or_else(|| format!("could not get {what}: it was deleted; load again"))?
+            }
+            FileSource::There(coordinator) => {
+                let member = self.shared.membership.get(coordinator);
+                let member = member.ok_or_else(|| format!("could not get {what}: its coordinator left the cluster"))?;
+                let from = crate::endpoint::dial_addr(coordinator, &member.addrs)
+                    .ok_or_else(|| format!("could not get {what}: a bad key"))?;
+                let (store, endpoint) = (&self.shared.store, &self.shared.endpoint);
+                let fetch = store.fetch(endpoint, from, offer.hash, offer.bytes, self.progress());
+                // What has arrived when it is stopped stays for the next attempt.
+                let Some(path) = unless_stopped(commands, fetch).await else { return Ok(None) };
+                path.map_err(trouble)?
+            }
+        };
+        self.events.must(StageEvent::Fetched(file))?;
+        Ok(Some(ArrivedFile { path: got, _hold: Some(hold) }))
+    }
+
+    fn progress(&self) -> impl FnMut(u64, u64) + Send {
         let mut throttle = Throttle::default();
         move |done_bytes, total_bytes| {
             if throttle.lets(done_bytes, total_bytes) {
-                events.may(StageEvent::Fetching { done_bytes, total_bytes });
+                self.events.may(StageEvent::Fetching { done_bytes, total_bytes });
             }
         }
-    };
-    if let Some(shard) = order.shard {
-        let hold = shared.store.hold(&shard.hash);
-        // After a restart all of it is hashed: minutes for a large one.
-        let check = shared.store.local_verified(&shard.hash, progress());
-        let Some(found) = unless_stopped(commands, check).await else { return Ok(None) };
-        if let Some(path) = found.map_err(trouble)? {
-            events.must(StageEvent::Fetched)?;
-            return Ok(Some(ShardFile { path, _hold: Some(hold) }));
-        }
     }
-    events.must(StageEvent::NeedShard)?;
-    let shard: ShardRef = loop {
-        match commands.recv().await {
-            Some(StageCommand::Fetch(shard)) => break shard,
-            Some(StageCommand::Stop) | None => return Ok(None),
-            Some(_) => {}
-        }
-    };
-    let member =
-        shared.membership.get(coordinator).ok_or("could not get its shard: its coordinator left the cluster")?;
-    let from = crate::endpoint::dial_addr(coordinator, &member.addrs).ok_or("could not get its shard: a bad key")?;
-    let hold = shared.store.hold(&shard.hash);
-    let fetch = shared.store.fetch(&shared.endpoint, from, shard.hash, shard.bytes, progress());
-    // What has arrived when it is stopped stays for the next attempt.
-    let Some(path) = unless_stopped(commands, fetch).await else { return Ok(None) };
-    let path = path.map_err(trouble)?;
-    events.must(StageEvent::Fetched)?;
-    Ok(Some(ShardFile { path, _hold: Some(hold) }))
 }

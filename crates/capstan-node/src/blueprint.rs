@@ -1,6 +1,8 @@
 //! What a deployment is made of, as its coordinator, its stages and its status need it.
+use std::path::PathBuf;
+
 use capstan_planner::StagePlan;
-use capstan_proto::child::{StageSpec, WindowIo};
+use capstan_proto::child::{Scheduling, StageSpec, WindowIo};
 use capstan_proto::manage::{DeploymentStatus, Health, StageStatus};
 use capstan_proto::{DeploymentId, Epoch, NodeId};
 
@@ -17,6 +19,9 @@ pub(crate) struct Blueprint {
     pub(crate) slots: u32,
     pub(crate) ubatch: u32,
     pub(crate) decode_batch: u32,
+    pub(crate) scheduling: Scheduling,
+    /// The draft model that `scheduling` names, open.
+    pub(crate) draft: Option<OpenModel>,
     pub(crate) created_unix_s: u64,
     /// Why it runs whole; empty when there is nothing to say.
     pub(crate) remark: String,
@@ -25,6 +30,7 @@ pub(crate) struct Blueprint {
 impl Blueprint {
     /// What stage `i` loads. What is the node's own to decide, it replaces.
     pub(crate) fn spec(&self, i: usize, io: WindowIo) -> StageSpec {
+        let is_driver = i + 1 == self.stages.len();
         StageSpec {
             deployment: self.id,
             model_name: self.name.clone(),
@@ -37,6 +43,11 @@ impl Blueprint {
             slots: self.slots,
             ubatch: self.ubatch,
             decode_batch: self.decode_batch,
+            scheduling: Scheduling {
+                // Where it lies is the node's to say.
+                draft: self.draft.as_ref().filter(|_| is_driver).map(|_| PathBuf::new()),
+                ..self.scheduling.clone()
+            },
             threads: None,
             gpu_layers: -1,
             bind: std::net::Ipv4Addr::UNSPECIFIED.into(),

@@ -2,6 +2,10 @@
 use std::ffi::OsString;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
+use std::time::Duration;
+
+/// One micro-batch of a large model may take a slow machine a minute; nothing healthy takes five.
+const STALL_LIMIT: Duration = Duration::from_secs(300);
 
 /// What a node is told when it starts.
 #[derive(Clone, Debug)]
@@ -18,6 +22,8 @@ pub struct NodeConfig {
     pub memory_limit_bytes: Option<u64>,
     /// Layers to offload to a GPU; negative is all.
     pub gpu_layers: i32,
+    /// How long a driver may have requests and say nothing of them before its process counts as hung.
+    pub stall_limit: Duration,
     /// Program and arguments of a compute child: usually this very binary and `compute`.
     pub compute_command: Vec<OsString>,
 }
@@ -32,6 +38,7 @@ impl NodeConfig {
             threads: None,
             memory_limit_bytes: None,
             gpu_layers: -1,
+            stall_limit: STALL_LIMIT,
             compute_command,
         }
     }

@@ -6,6 +6,7 @@ use capstan_cluster::MemberState;
 use capstan_proto::control::{
     self, CLOSE_NOT_A_MEMBER, CLOSE_PROTOCOL, Done, Hello, Join, JoinReply, Request, StageOrder, UnloadReply, clip,
 };
+use capstan_proto::limits::{DECODE_SLOWDOWN_PERCENT_MAX, DECODE_SLOWDOWN_PERCENT_MIN};
 use capstan_proto::{NodeId, limits};
 use iroh::endpoint::{Connection, RecvStream, SendStream, VarInt};
 use iroh::protocol::{AcceptError, ProtocolHandler};
@@ -179,8 +180,17 @@ fn check_order(order: &StageOrder) -> Result<(), &'static str> {
     if s.layers.end() > limits::LAYERS_MAX {
         return Err("a stage's layers");
     }
-    if s.slots == 0 || s.slots > limits::SLOTS_MAX || s.decode_batch == 0 || s.decode_batch > s.slots {
+    let sequences = s.slots.saturating_add(s.scheduling.spares());
+    if s.slots == 0 || sequences > limits::SLOTS_MAX || s.decode_batch == 0 || s.decode_batch > s.slots {
         return Err("a stage's slots");
+    }
+    let (slowdown, bounds) =
+        (s.scheduling.decode_slowdown_percent, DECODE_SLOWDOWN_PERCENT_MIN..=DECODE_SLOWDOWN_PERCENT_MAX);
+    if s.scheduling.speculation_depth > limits::SPECULATION_DEPTH_MAX || !bounds.contains(&slowdown) {
+        return Err("a stage's scheduling");
+    }
+    if s.scheduling.draft.is_some() && s.stage + 1 != s.stages {
+        return Err("a draft model for a stage that is not the driver's");
     }
     if s.ubatch == 0 || s.ubatch as usize > limits::ROWS_MAX || s.ctx == 0 {
         return Err("a stage's micro-batch or context");

@@ -18,15 +18,16 @@ use std::time::Duration;
 
 use capstan_planner::StagePlan;
 use capstan_proto::child::{ChildStats, PeerAddr, StageInfo, WindowIo, Wiring};
-use capstan_proto::control::{StageCommand, StageEvent, StageOrder, clip};
+use capstan_proto::control::{StageCommand, StageEvent, StageFile, StageOrder, clip};
 use capstan_proto::manage::{DeploymentStatus, Health, LoadEvent, StageStatus};
 use capstan_proto::{Epoch, NodeId};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
+use crate::arrival::FileSource;
 use crate::blueprint::Blueprint;
-use crate::coordinator::cuts::Cut;
+use crate::coordinator::cuts::{Cut, Supply};
 use crate::node::Shared;
 use crate::session::{self, SessionEvent};
 
@@ -55,8 +56,8 @@ pub(crate) enum Message {
     Session(usize, u64, SessionEvent),
     /// A session's events have ended.
     Closed(usize, u64),
-    /// A shard has been cut and, for a stage elsewhere, offered.
-    Cut(usize, Result<Cut, String>),
+    /// A stage's file is there for it, or could not be made.
+    Cut(usize, StageFile, Result<Cut, String>),
     /// Bytes of a shard that is being cut.
     Cutting(usize, u64, u64),
     /// A node is no member any more.
@@ -76,10 +77,19 @@ struct Stage {
     /// Since when it has said neither that its links stand nor that they do not.
     silent_since: Option<Instant>,
     stats: ChildStats,
-    cutting: bool,
-    cut: Option<Cut>,
+    shard: Supply,
+    draft: Supply,
     crashes: VecDeque<Instant>,
     retry_at: Option<Instant>,
+}
+
+impl Stage {
+    fn supply(&mut self, file: StageFile) -> &mut Supply {
+        match file {
+            StageFile::Shard => &mut self.shard,
+            StageFile::Draft => &mut self.draft,
+        }
+    }
 }
 
 /// The task of a deployment.
@@ -133,8 +143,8 @@ impl Coordinator {
                 connected: false,
                 silent_since: None,
                 stats: ChildStats::default(),
-                cutting: false,
-                cut: None,
+                shard: Supply::default(),
+                draft: Supply::default(),
                 crashes: VecDeque::new(),
                 retry_at: None,
             })
@@ -228,19 +238,7 @@ impl Coordinator {
             Message::Cutting(i, done_bytes, total_bytes) => {
                 self.tell(LoadEvent::Cutting { stage: i as u16, done_bytes, total_bytes });
             }
-            Message::Cut(i, result) => {
-                self.stages[i].cutting = false;
-                let cut = result.map_err(|e| format!("the shard of {} could not be cut: {e}", self.name_stage(i)))?;
-                let shard = cut.shard;
-                self.stages[i].cut = Some(cut);
-                match (shard, &self.stages[i].commands) {
-                    (Some(shard), Some(commands)) => {
-                        commands.try_send(StageCommand::Fetch(shard)).ok();
-                    }
-                    (None, None) if self.stages[i].retry_at.is_none() => self.start(i),
-                    _ => {}
-                }
-            }
+            Message::Cut(i, file, result) => self.was_cut(i, file, result)?,
             Message::MemberLeft(node) => {
                 if let Some(i) = self.stages.iter().position(|s| s.plan.node == node) {
                     let stage = self.name_stage(i);
@@ -252,24 +250,18 @@ impl Coordinator {
         Ok(())
     }
 
-    /// Opens a session for a stage, or first cuts its shard when it runs here.
+    /// Opens a session for a stage.
     fn start(&mut self, i: usize) {
-        let here = self.stages[i].plan.node == self.shared.id;
+        let node = self.stages[i].plan.node;
         self.stages[i].retry_at = None;
         let order = self.order(i);
-        let session = if here {
-            let model = &self.blueprint.model.model;
-            let file = match (&self.stages[i].cut, self.stages.len()) {
-                (_, 1) => model.files().first().cloned(),
-                (Some(cut), _) => Some(cut.path.clone()),
-                (None, _) => None,
-            };
-            match file {
-                Some(file) => session::open_local(&self.shared, order, file),
-                None => return self.begin_cut(i),
-            }
+        let session = if node == self.shared.id {
+            // llama.cpp reads a whole model from wherever it lies, in however many files.
+            let whole = if self.stages.len() == 1 { self.blueprint.model.model.files().first().cloned() } else { None };
+            let draft = self.blueprint.scheduling.draft.clone();
+            session::open_local(&self.shared, order, FileSource::Here { shard: whole, draft })
         } else {
-            session::open_remote(&self.shared, self.stages[i].plan.node, order)
+            session::open_remote(&self.shared, node, order)
         };
         let stage = &mut self.stages[i];
         stage.generation += 1;
@@ -288,9 +280,13 @@ impl Coordinator {
 
     fn order(&self, i: usize) -> StageOrder {
         let stage = &self.stages[i];
+        let (cutter, draft) = (&self.shared.cutter, self.blueprint.draft.as_ref());
+        let sharers = self.stages.iter().filter(|s| s.plan.node == stage.plan.node).count();
         StageOrder {
             spec: self.blueprint.spec(i, stage.io.clone()),
-            shard: self.shared.cutter.known(&self.blueprint.model, stage.plan.layers),
+            shard: cutter.known(&self.blueprint.model, stage.plan.layers),
+            draft: draft.and_then(|draft| cutter.known(draft, draft.whole()?)),
+            sharers: sharers as u16,
             memory_bytes: stage.plan.memory_bytes,
         }
     }
@@ -298,18 +294,11 @@ impl Coordinator {
     fn heard(&mut self, i: usize, event: StageEvent) -> Result<(), String> {
         let stage = i as u16;
         match event {
-            StageEvent::NeedShard => match self.stages[i].cut.as_ref().and_then(|c| c.shard) {
-                Some(shard) => {
-                    if let Some(commands) = &self.stages[i].commands {
-                        commands.try_send(StageCommand::Fetch(shard)).ok();
-                    }
-                }
-                None => self.begin_cut(i),
-            },
+            StageEvent::Need(file) => self.supply(i, file),
             StageEvent::Fetching { done_bytes, total_bytes } => {
                 self.tell(LoadEvent::Transfer { stage, done_bytes, total_bytes });
             }
-            StageEvent::Fetched => self.drop_cut(i),
+            StageEvent::Fetched(file) => self.drop_cut(i, file),
             StageEvent::Loading { permille } => self.tell(LoadEvent::Loading { stage, permille: permille.min(1000) }),
             StageEvent::Loaded { addr, info } => {
                 self.stages[i].loaded = Some((addr, info));

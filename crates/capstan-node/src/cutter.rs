@@ -12,6 +12,7 @@ use std::time::UNIX_EPOCH;
 
 use capstan_gguf::Model;
 use capstan_proto::control::ShardRef;
+use capstan_proto::data::Rollback;
 use capstan_proto::{DeploymentId, LayerRange};
 use capstan_store::Store;
 use serde::{Deserialize, Serialize};
@@ -57,6 +58,16 @@ impl OpenModel {
         }
         let hash = hasher.finalize().to_hex().to_string();
         Ok(Self { model: Arc::new(model), key: format!("{hash}{changed}"), hash })
+    }
+
+    /// All of its layers; none for a model that has none.
+    pub(crate) fn whole(&self) -> Option<LayerRange> {
+        LayerRange::new(0, self.model.n_layers()).ok()
+    }
+
+    /// How rows that were computed in vain are taken back.
+    pub(crate) fn rollback(&self) -> Rollback {
+        self.model.rollback()
     }
 }
 
@@ -157,9 +168,14 @@ impl Cutter {
         tokio::task::spawn_blocking(cut).await.map_err(|e| format!("cutting a shard failed: {e}"))?
     }
 
+    /// Whether this file was cut here, and is not somebody's model.
+    pub(crate) fn made(&self, path: &Path) -> bool {
+        path.starts_with(&self.dir)
+    }
+
     /// Removes a shard that was cut; a model that is its own shard is left alone.
     pub(crate) async fn discard(&self, path: &Path) {
-        if path.starts_with(&self.dir)
+        if self.made(path)
             && let Err(error) = tokio::fs::remove_file(path).await
             && error.kind() != std::io::ErrorKind::NotFound
         {

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use capstan_planner::{NodeResources, Placement, PlanError, PlanInput, PlanOptions, Sizes, StagePlan, plan};
+use capstan_proto::child::Scheduling;
 use capstan_proto::control::{DEPLOYMENTS_MAX, DeploymentList};
 use capstan_proto::manage::{DeploymentStatus, LoadEvent, LoadRequest, ManageError, PlannedStage};
 use capstan_proto::{DeploymentId, LayerRange, NodeId, limits};
@@ -18,6 +19,7 @@ use crate::error::NodeError;
 use crate::files;
 use crate::membership::{now_ms, now_s};
 use crate::node::Shared;
+use crate::scheduling::Wanted;
 
 /// Load events that wait for whoever watches.
 const LOAD_QUEUE: usize = 256;
@@ -48,6 +50,9 @@ struct Saved {
     slots: u32,
     ubatch: u32,
     decode_batch: u32,
+    /// None in files of a capstan before speculation.
+    #[serde(default)]
+    scheduling: Option<Scheduling>,
     created_unix_s: u64,
     stages: Vec<SavedStage>,
 }
@@ -129,6 +134,7 @@ impl Deployments {
             slots: b.slots,
             ubatch: b.ubatch,
             decode_batch: b.decode_batch,
+            scheduling: Some(b.scheduling.clone()),
             created_unix_s: b.created_unix_s,
             stages: b.stages.iter().map(stage).collect(),
         };
@@ -256,6 +262,10 @@ pub(crate) async fn load(shared: &Arc<Shared>, request: LoadRequest) -> Result<m
     check_name(&name)?;
     refuse_taken(shared, &name)?;
     let model = open_model(path).await.map_err(bad)?;
+    let (asked, rollback, node) = (request.clone(), model.rollback(), shared.membership.name());
+    let wanted = tokio::task::spawn_blocking(move || Wanted::new(&asked, rollback, &node))
+        .await
+        .map_err(|e| ManageError::new(500, format!("reading the draft model failed: {e}")))??;
 
     // What the others have free is asked now, not taken from a second ago.
     shared.poll_all().await;
@@ -269,14 +279,18 @@ pub(crate) async fn load(shared: &Arc<Shared>, request: LoadRequest) -> Result<m
     }
     let ctx_train = model.model.profile().context_train;
     let ctx_default = if ctx_train == 0 { CTX_DEFAULT } else { ctx_train.min(CTX_DEFAULT) };
-    let options = PlanOptions { ctx: request.ctx.unwrap_or(ctx_default), slots, ubatch: UBATCH, nodes, layers };
-    let (ctx, ubatch) = (options.ctx, options.ubatch);
-    // llama.cpp counts the cells of all slots, each rounded up, in 32 bits.
-    if u64::from(ctx).next_multiple_of(256) * u64::from(slots) > i32::MAX as u64 {
-        return Err(bad(format!("{slots} slots of {ctx} tokens are too many; their product must stay below 2^31")));
-    }
+    let (ctx, ubatch) = (request.ctx.unwrap_or(ctx_default), UBATCH);
+    let spares_per_stage = wanted.spares_per_stage();
+    let draft_bytes = wanted.draft_bytes(ctx, ubatch);
+    let options = PlanOptions { ctx, slots, spares_per_stage, draft_bytes, ubatch, nodes, layers };
     let placement = place(shared, &model, options).await?;
+    let count = placement.stages().len();
+    let unused_draft = wanted.remark(count);
+    let (scheduling, draft) = wanted.scheduling(count);
+    check_sequences(ctx, slots, scheduling.spares())?;
 
+    let whole = model.model.split_problem().filter(|_| count == 1).map(|reason| format!("it runs whole: {reason}"));
+    let remarks: Vec<_> = whole.into_iter().chain(unused_draft.map(str::to_owned)).collect();
     let blueprint = Blueprint {
         id: new_id(),
         name,
@@ -285,11 +299,10 @@ pub(crate) async fn load(shared: &Arc<Shared>, request: LoadRequest) -> Result<m
         slots,
         ubatch,
         decode_batch,
+        scheduling,
+        draft,
         created_unix_s: now_s(),
-        remark: match (placement.stages().len(), model.model.split_problem()) {
-            (1, Some(reason)) => format!("it runs whole: {reason}"),
-            _ => String::new(),
-        },
+        remark: remarks.join("; "),
         model,
     };
     let planned = LoadEvent::Planned {
@@ -311,6 +324,22 @@ pub(crate) async fn load(shared: &Arc<Shared>, request: LoadRequest) -> Result<m
     progress.try_send(planned).ok();
     launch(shared, blueprint, Some(progress))?;
     Ok(events)
+}
+
+/// Refuses more sequences than llama.cpp counts, and more cells for them than it counts in 32 bits, each sequence's
+/// rounded up.
+fn check_sequences(ctx: u32, slots: u32, spares: u32) -> Result<(), ManageError> {
+    let sequences = u64::from(slots) + u64::from(spares);
+    if sequences > u64::from(limits::SLOTS_MAX) {
+        let most = limits::SLOTS_MAX.saturating_sub(spares);
+        return Err(bad(format!("{slots} slots leave no room for guesses; take at most {most}, or --speculation off")));
+    }
+    if u64::from(ctx).next_multiple_of(256) * sequences > i32::MAX as u64 {
+        return Err(bad(format!(
+            "{sequences} sequences of {ctx} tokens are too many; their product must stay below 2^31"
+        )));
+    }
+    Ok(())
 }
 
 fn refuse_taken(shared: &Shared, name: &str) -> Result<(), ManageError> {
@@ -384,6 +413,11 @@ async fn place(shared: &Arc<Shared>, model: &OpenModel, options: PlanOptions) ->
     })
 }
 
+/// How a deployment goes on that was noted before there was anything to choose: its memory has no room for guesses.
+fn unguessed() -> Scheduling {
+    Scheduling { speculation_depth: 0, prefix_cache: false, ..Scheduling::default() }
+}
+
 /// Brings back what was served before the node was restarted.
 pub(crate) async fn resume(shared: Arc<Shared>) {
     let saved = shared.deployments.saved.lock().unwrap_or_else(PoisonError::into_inner).clone();
@@ -403,8 +437,23 @@ pub(crate) async fn resume(shared: Arc<Shared>) {
             Placement::new(model.model.n_layers(), stages.clone(), vec![]).map_err(|e| e.to_string())?;
             Ok(model)
         });
+        let (mut scheduling, mut draft) = (one.scheduling.clone().unwrap_or_else(unguessed), None);
+        if let Some(path) = scheduling.draft.clone() {
+            match open_model(path).await {
+                Ok(model) => draft = Some(model),
+                Err(reason) => {
+                    tracing::warn!(model = one.name, reason, "a deployment comes back without its draft model");
+                    scheduling.draft = None;
+                }
+            }
+        }
         match opened {
             Ok(model) => {
+                // How rows are taken back is the model's to say, whatever was noted of an earlier file.
+                let rollback = model.rollback();
+                if rollback != scheduling.rollback {
+                    (scheduling, draft) = (Scheduling { rollback, ..unguessed() }, None);
+                }
                 let blueprint = Blueprint {
                     // A number is never used again: stages elsewhere may still be ending.
                     id: new_id(),
@@ -415,6 +464,8 @@ pub(crate) async fn resume(shared: Arc<Shared>) {
                     slots: one.slots,
                     ubatch: one.ubatch,
                     decode_batch: one.decode_batch,
+                    scheduling,
+                    draft,
                     created_unix_s: one.created_unix_s,
                     remark: String::new(),
                 };
@@ -435,6 +486,14 @@ pub(crate) async fn resume(shared: Arc<Shared>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn deployments_noted_before_there_was_speculation_come_back() {
+        let old = r#"[{"id":1,"name":"m","path":"/m.gguf","ctx":64,"slots":1,"ubatch":512,"decode_batch":1,
+                      "created_unix_s":1,"stages":[]}]"#;
+        let saved: Vec<Saved> = serde_json::from_str(old).unwrap();
+        assert!(saved[0].scheduling.is_none() && unguessed().speculation_depth == 0);
+    }
 
     #[test]
     fn a_model_is_called_by_its_file() {

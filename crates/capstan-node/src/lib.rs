@@ -10,9 +10,10 @@
 //! | `membership`, `view` | who is in the cluster; how the others are |
 //! | `control_client`, `control_server` | calls to other nodes, and answers |
 //! | `deployments`, `blueprint`, `coordinator`, `cutter` | load and place; bring up, wire, mend; shards for others |
+//! | `scheduling` | what a load asks of the scheduler, and what follows for a placement |
 //! | `session` | a coordinator's hold on one stage, wherever it runs |
 //! | `stages`, `requests` | the stages that run here; a request's events, bounded |
-//! | `arrival`, `runs` | a stage's shard comes; one run of a stage follows another |
+//! | `arrival`, `runs` | a stage's files come; one run of a stage follows another |
 //! | `generate` | a request's way to its driver and back |
 //! | `machine` | memory and devices |
 //! | `throttle` | progress that is reported only so often |
@@ -36,6 +37,7 @@ mod membership;
 pub mod node;
 mod requests;
 mod runs;
+mod scheduling;
 pub mod service;
 mod service_impl;
 mod session;

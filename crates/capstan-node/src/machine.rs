@@ -105,10 +105,11 @@ impl Machine {
 }
 
 impl Reservation {
-    /// Replaces the estimate by what the loaded stage measures.
-    pub(crate) fn measured(&self, info: &StageInfo) {
-        let total = info.weights_bytes.saturating_add(info.kv_bytes).saturating_add(info.compute_bytes);
-        self.machine.taken().insert(self.key, Taken { unseen: info.weights_bytes, total });
+    /// Replaces the estimate by what the loaded stage measures; a draft model beside it is not in that.
+    pub(crate) fn measured(&self, info: &StageInfo, draft_bytes: u64) {
+        let unseen = info.weights_bytes.saturating_add(draft_bytes);
+        let total = unseen.saturating_add(info.kv_bytes).saturating_add(info.compute_bytes);
+        self.machine.taken().insert(self.key, Taken { unseen, total });
     }
 }
 
@@ -129,8 +130,8 @@ mod tests {
         assert!(free <= 1000);
         let first = machine.reserve(free).expect("it was free");
         assert_eq!(machine.reserve(1).err(), Some(0));
-        first.measured(&StageInfo { weights_bytes: 1, ..StageInfo::default() });
-        assert_eq!(machine.memory().1, free.min(999));
+        first.measured(&StageInfo { weights_bytes: 1, ..StageInfo::default() }, 2);
+        assert_eq!(machine.memory().1, free.min(997));
         drop(first);
         assert_eq!(machine.memory().1, free);
     }

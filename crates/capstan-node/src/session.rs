@@ -1,5 +1,4 @@
 //! A coordinator's hold on one stage: commands in, events out, wherever the stage runs.
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use capstan_proto::control::{ADDRS_MAX, Request, StageCommand, StageEvent, StageOrder};
@@ -7,7 +6,7 @@ use capstan_proto::{NodeId, limits};
 use iroh::endpoint::{RecvStream, SendStream, VarInt};
 use tokio::sync::mpsc;
 
-use crate::arrival::ShardSource;
+use crate::arrival::FileSource;
 use crate::frames;
 use crate::node::Shared;
 use crate::runs::Orders;
@@ -31,12 +30,12 @@ pub(crate) struct Session {
 }
 
 /// Runs a stage on this node.
-pub(crate) fn open_local(shared: &Arc<Shared>, order: StageOrder, shard: PathBuf) -> Session {
+pub(crate) fn open_local(shared: &Arc<Shared>, order: StageOrder, files: FileSource) -> Session {
     let (commands, command_rx) = mpsc::channel(STAGE_QUEUE);
     let (stage_tx, mut stage_rx) = mpsc::channel(STAGE_QUEUE);
     let (event_tx, events) = mpsc::channel(STAGE_QUEUE);
     let orders = Orders { commands: command_rx, sender: commands.downgrade() };
-    tokio::spawn(run_stage(shared.clone(), order, ShardSource::Local(shard), orders, stage_tx));
+    tokio::spawn(run_stage(shared.clone(), order, files, orders, stage_tx));
     tokio::spawn(async move {
         while let Some(event) = stage_rx.recv().await {
             if event_tx.send(SessionEvent::Stage(event)).await.is_err() {
@@ -111,7 +110,7 @@ pub(crate) async fn serve(
     let (commands, command_rx) = mpsc::channel(STAGE_QUEUE);
     let (event_tx, mut events) = mpsc::channel(STAGE_QUEUE);
     let orders = Orders { commands: command_rx, sender: commands.downgrade() };
-    tokio::spawn(run_stage(shared, order, ShardSource::Fetch(coordinator), orders, event_tx));
+    tokio::spawn(run_stage(shared, order, FileSource::There(coordinator), orders, event_tx));
     let reader = tokio::spawn(async move {
         // Whatever ends this loop drops `commands`, which ends the stage.
         while let Ok(Some(command)) = frames::read(&mut recv, limits::MESSAGE_BYTES_MAX).await {

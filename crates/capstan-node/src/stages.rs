@@ -10,13 +10,13 @@ use std::time::Duration;
 
 use capstan_compute::host::{self, ChildReceiver, ChildSender, SpawnOptions};
 use capstan_proto::child::{CHILD_VERSION, FromChild, ToChild};
-use capstan_proto::control::{StageCommand, StageEvent, StageOrder, clip};
+use capstan_proto::control::{StageCommand, StageEvent, StageFile, StageOrder, clip};
 use capstan_proto::generate::{ErrorKind, GenerateEvent, GenerateRequest, RequestError};
 use capstan_proto::{DeploymentId, Epoch, RequestId, limits};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep_until, timeout};
 
-use crate::arrival::{ShardSource, shard_file};
+use crate::arrival::{Arrival, FileSource};
 use crate::node::Shared;
 use crate::requests::{EventSender, EventStream, is_last, request_queue};
 use crate::runs::{self, Before, Orders, Runs, unless_stopped};
@@ -99,7 +99,7 @@ impl Events {
 pub(crate) async fn run_stage(
     shared: std::sync::Arc<Shared>,
     order: StageOrder,
-    source: ShardSource,
+    source: FileSource,
     orders: Orders,
     events: mpsc::Sender<StageEvent>,
 ) {
@@ -108,8 +108,8 @@ pub(crate) async fn run_stage(
     let stage_stop = shared.stages_stop();
     let last = events.clone();
     let coordinator = match source {
-        ShardSource::Local(_) => shared.id,
-        ShardSource::Fetch(coordinator) => coordinator,
+        FileSource::Here { .. } => shared.id,
+        FileSource::There(coordinator) => coordinator,
     };
     let Orders { commands, sender } = orders;
     let (run, before) = shared.stages.runs.enter((coordinator, deployment, stage), sender);
@@ -122,6 +122,18 @@ pub(crate) async fn run_stage(
     };
     tracing::info!(%deployment, stage, model = name, reason, "a stage ended");
     last.try_send(StageEvent::Ended { reason: clip(reason) }).ok();
+}
+
+/// Compute threads of a stage that shares this node with others of its deployment; none is every core. They must not
+/// be more than there are cores: ggml's threads spin while they wait for each other, which costs ten times the speed
+/// when one of them has no core.
+fn threads(configured: Option<u32>, sharers: u16) -> Option<u32> {
+    let sharers = u32::from(sharers.max(1));
+    if sharers == 1 {
+        return configured;
+    }
+    let cores = || std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
+    Some((configured.unwrap_or_else(cores) / sharers).max(1))
 }
 
 enum FromReader {
@@ -156,6 +168,8 @@ struct StageTask<'a> {
     /// Requests that the child gave up because a link broke; they wait a moment for a better reason.
     doomed: Vec<(EventSender, RequestError)>,
     doom_at: Option<Instant>,
+    /// When the child last gave a sign of life, or got something to do.
+    heard_at: Instant,
     cancels: mpsc::Sender<RequestId>,
 }
 
@@ -163,7 +177,7 @@ impl StageTask<'_> {
     async fn run(
         shared: &Shared,
         mut order: StageOrder,
-        source: ShardSource,
+        source: FileSource,
         before: Option<Before>,
         mut commands: mpsc::Receiver<StageCommand>,
         events: Events,
@@ -183,9 +197,20 @@ impl StageTask<'_> {
                 capstan_planner::human_bytes(order.memory_bytes.saturating_sub(free))
             )
         })?;
-        let Some(shard) = shard_file(shared, &order, source, &mut commands, &events).await? else { return Ok(()) };
+        let arrival = Arrival { shared, source, events: &events };
+        let Some(shard) = arrival.file(StageFile::Shard, order.shard, &mut commands).await? else { return Ok(()) };
         order.spec.shard = shard.path.clone();
-        order.spec.threads = shared.config.threads;
+        let mut draft = None;
+        if order.spec.scheduling.draft.is_some() {
+            draft = arrival.file(StageFile::Draft, order.draft, &mut commands).await?;
+            if draft.is_none() {
+                return Ok(());
+            }
+        }
+        order.spec.scheduling.draft = draft.as_ref().map(|file| file.path.clone());
+        let draft_bytes =
+            draft.as_ref().and_then(|file| std::fs::metadata(&file.path).ok()).map_or(0, |meta| meta.len());
+        order.spec.threads = threads(shared.config.threads, order.sharers);
         order.spec.gpu_layers = shared.config.gpu_layers;
         order.spec.bind = shared.config.bind_addr.ip();
         let spec = &order.spec;
@@ -225,13 +250,15 @@ impl StageTask<'_> {
             requests: HashMap::new(),
             doomed: Vec::new(),
             doom_at: None,
+            heard_at: Instant::now(),
             cancels,
         };
         task.tell_child(ToChild::Load(Box::new(spec.clone()))).await?;
-        let mut failure = None;
+        let (mut failure, mut hung) = (None, None);
         let mut kill_at = None;
         loop {
             let doom_at = task.doom_at;
+            let stalled_at = (!task.requests.is_empty()).then(|| task.heard_at + shared.config.stall_limit);
             tokio::select! {
                 message = messages.recv() => match message {
                     Some(FromReader::Message(FromChild::Failed { reason })) => {
@@ -240,16 +267,20 @@ impl StageTask<'_> {
                         kill_at = Some(Instant::now() + FAILED_GRACE);
                     }
                     Some(FromReader::Message(FromChild::Loaded { addr, info })) => {
-                        reservation.measured(&info);
+                        reservation.measured(&info, draft_bytes);
                         events.must(StageEvent::Loaded { addr, info })?;
                     }
-                    Some(FromReader::Message(message)) => task.heard(message).await?,
+                    Some(FromReader::Message(message)) => {
+                        task.heard_at = Instant::now();
+                        task.heard(message).await?;
+                    }
                     end @ (Some(FromReader::Exit(_)) | None) => {
                         let how = match end {
                             Some(FromReader::Exit(reason)) => reason,
                             _ => "ended".into(),
                         };
-                        let reason = failure.map_or(how, |f| format!("could not load: {f}"));
+                        let failed = failure.map(|f| format!("could not load: {f}"));
+                        let reason = hung.or(failed).unwrap_or(how);
                         task.fail_all(ErrorKind::StageLost, &task.sentence(&reason));
                         return Err(reason);
                     }
@@ -260,7 +291,7 @@ impl StageTask<'_> {
                         task.tell_child(ToChild::Connect(wiring)).await?;
                     }
                     Some(StageCommand::Abort { reason }) => task.abort(&reason).await?,
-                    Some(StageCommand::Fetch(_)) => {}
+                    Some(StageCommand::Fetch(..)) => {}
                     Some(StageCommand::Stop) | None => break,
                 },
                 Some(Submit { body, reply }) = submitted.recv() => {
@@ -274,6 +305,13 @@ impl StageTask<'_> {
                     }
                 }
                 () = sleep_until(doom_at.unwrap_or_else(Instant::now)), if doom_at.is_some() => task.flush_doomed(),
+                () = sleep_until(stalled_at.unwrap_or_else(Instant::now)), if stalled_at.is_some() => {
+                    let reason = format!("hung for {} s and was killed", shared.config.stall_limit.as_secs());
+                    task.fail_all(ErrorKind::StageLost, &task.sentence(&reason));
+                    hung = Some(reason);
+                    // Its end comes as a message, and only then is its memory free for the next start.
+                    task.child.kill();
+                }
                 () = sleep_until(kill_at.unwrap_or_else(Instant::now)), if kill_at.is_some() => {
                     kill_at = None;
                     task.child.kill();
@@ -421,6 +459,9 @@ impl StageTask<'_> {
             Ok(Err(_)) | Err(_) => {
                 return Err(RequestError::new(ErrorKind::Unavailable, self.sentence("has just ended")));
             }
+        }
+        if self.requests.is_empty() {
+            self.heard_at = Instant::now();
         }
         self.requests.insert(request, queue);
         Ok(stream)

@@ -8,7 +8,7 @@ use std::time::Duration;
 use capstan_node::{Node, NodeConfig, NodeError, Service};
 use capstan_proto::child::{CHILD_VERSION, FromChild, PeerAddr, StageInfo};
 use capstan_proto::control::{CONTROL_ALPN, Hello};
-use capstan_proto::generate::{ErrorKind, GenerateRequest, Prompt};
+use capstan_proto::generate::{ErrorKind, GenerateEvent, GenerateRequest, Prompt};
 use capstan_proto::manage::{Health, LoadEvent, LoadRequest, ManageError};
 use capstan_proto::{Epoch, LayerRange, codec, limits};
 use tempfile::TempDir;
@@ -71,6 +71,10 @@ fn request(path: &Path) -> LoadRequest {
         ctx: Some(64),
         slots: Some(1),
         decode_batch: None,
+        speculation: None,
+        draft: None,
+        prefix_cache: None,
+        decode_slowdown: None,
     }
 }
 
@@ -155,7 +159,7 @@ async fn tickets_are_refused_with_the_reason() {
     let many = a.ticket(600, true).await.unwrap().ticket;
     b.join(many.clone()).await.unwrap();
     c.join(many).await.unwrap();
-    assert_eq!(names(&c).await.len(), 3);
+    until("all are there", || async { names(&c).await.len() == 3 }).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -221,6 +225,11 @@ async fn loads_that_cannot_be_are_refused() {
     };
     refused(a.load(with(&|r| r.path.push_str(".missing"))).await, 400, "cannot be read");
     refused(a.load(with(&|r| r.slots = Some(0))).await, 400, "slots");
+    refused(a.load(with(&|r| r.decode_slowdown = Some(0.5))).await, 400, "take 1 to 10 times");
+    refused(a.load(with(&|r| r.decode_slowdown = Some(f32::NAN))).await, 400, "take 1 to 10 times");
+    refused(a.load(with(&|r| r.draft = Some("/no/such.gguf".into()))).await, 400, "cannot be read on node a");
+    let pointless = |r: &mut LoadRequest| (r.speculation, r.draft) = (Some(false), Some(r.path.clone()));
+    refused(a.load(with(&pointless)).await, 400, "with speculation off");
     refused(a.load(with(&|r| r.name = Some("\n".into()))).await, 400, "no name");
     refused(a.load(with(&|r| r.nodes = vec!["zeta".into()])).await, 400, "no node \"zeta\"");
     let half = LayerRange::new(0, 1).unwrap();
@@ -271,6 +280,52 @@ async fn a_shard_reaches_its_node_and_a_dead_child_ends_the_load() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_draft_model_reaches_the_driver_and_a_second_load_cuts_nothing() {
+    // They load, and are never wired: nothing more is needed of them.
+    let says = [
+        FromChild::Hello { version: CHILD_VERSION },
+        FromChild::Loaded { addr: PeerAddr { key: [7; 32], addrs: vec![] }, info: StageInfo::default() },
+    ];
+    let rote = async |name: &str| {
+        let dir = tempfile::tempdir().unwrap();
+        let mut config = config(dir.path(), name);
+        config.compute_command = rote_child(dir.path(), &says).0;
+        (Node::start(config).await.unwrap(), dir)
+    };
+    let ((a, a_dir), (b, b_dir)) = (rote("a").await, rote("b").await);
+    b.join(a.ticket(600, false).await.unwrap().ticket).await.unwrap();
+    let path = tiny_model(a_dir.path());
+    let draft = a_dir.path().join("draft.gguf");
+    capstan_testkit::tiny::write("qwen2", &draft).unwrap();
+    let mut r = request(&path);
+    (r.nodes, r.draft) = (vec!["a".into(), "b".into()], Some(draft.to_string_lossy().into_owned()));
+    let shards = |dir: &Path| {
+        let files = std::fs::read_dir(dir.join("shards")).unwrap().map(|e| e.unwrap().path());
+        files.map(|p| std::fs::read(p).unwrap()).collect::<Vec<_>>()
+    };
+    // How often it told of a cut until both stages were loaded.
+    let cuts = async |r: LoadRequest| {
+        let (mut events, mut cuts, mut loaded) = (a.load(r).await.unwrap(), 0, 0);
+        while loaded < 2 {
+            match events.recv().await.expect("the load goes on") {
+                LoadEvent::Cutting { .. } => cuts += 1,
+                LoadEvent::Loaded { .. } => loaded += 1,
+                LoadEvent::Failed { message } => panic!("{message}"),
+                _ => {}
+            }
+        }
+        a.unload("tiny".into()).await.unwrap();
+        cuts
+    };
+
+    assert!(cuts(r.clone()).await > 0);
+    assert_eq!((shards(a_dir.path()).len(), shards(b_dir.path()).len()), (1, 2));
+    assert!(shards(b_dir.path()).contains(&std::fs::read(&draft).unwrap()), "the draft model as it is");
+    assert!(path.exists() && draft.exists(), "a model is never taken for a shard");
+    assert_eq!(cuts(r).await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_child_that_cannot_load_is_ended_and_ends_the_load() {
     let dir = tempfile::tempdir().unwrap();
     let hello = FromChild::Hello { version: CHILD_VERSION };
@@ -283,6 +338,34 @@ async fn a_child_that_cannot_load_is_ended_and_ends_the_load() {
     assert!(message.contains("could not load: a bad tensor"), "{message}");
     let pids = started(&pids);
     assert!(pids.len() == 1 && !lives(&pids[0]), "{pids:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_driver_that_says_nothing_of_its_requests_is_started_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let says = [
+        FromChild::Hello { version: CHILD_VERSION },
+        FromChild::Loaded { addr: PeerAddr { key: [7; 32], addrs: vec![] }, info: StageInfo::default() },
+    ];
+    let (mut command, pids) = rote_child(dir.path(), &says);
+    // This one also waits for two orders, to load and to connect, before it says that it is connected.
+    let connected = FromChild::Connected { epoch: Epoch(1) };
+    let connected = codec::encode(&connected, limits::MESSAGE_BYTES_MAX).unwrap();
+    std::fs::write(dir.path().join("frames.connected"), connected).unwrap();
+    let order = r#"set -- $(dd bs=1 count=4 2>/dev/null | od -An -tu1); dd bs=1 count=$(($1 + $2 * 256)) >&2"#;
+    let wait = format!(r#"cat "$0"; {order}; {order}; cat "$0.connected";"#);
+    command[2] = command[2].to_str().unwrap().replace(r#"cat "$0";"#, &wait).into();
+    let mut config = config(dir.path(), "a");
+    (config.compute_command, config.stall_limit) = (command, Duration::from_millis(200));
+    let a = Node::start(config).await.unwrap();
+    let events = outcome(&a, request(&tiny_model(dir.path()))).await;
+    assert!(matches!(events.last(), Some(LoadEvent::Ready { .. })), "{events:?}");
+    let mut answer = a.generate(GenerateRequest::new("tiny", Prompt::Text("hi".into()))).await.unwrap();
+    let Some(GenerateEvent::Failed(error)) = answer.recv().await else { panic!("it said something") };
+    assert!(error.kind == ErrorKind::StageLost && error.message.contains("hung"), "{error}");
+    until("it is started again", || async { started(&pids).len() == 2 }).await;
+    assert!(!lives(&started(&pids)[0]));
+    a.unload("tiny".into()).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

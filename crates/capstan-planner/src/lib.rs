@@ -1,11 +1,10 @@
 //! Topology and cost in, placement and its explanation out: a pure function.
 //!
-//! Now it gives layers in proportion to free memory, under the windows that an architecture allows. Whatever replaces
-//! that keeps the signature of [`plan()`].
+//! It gives the stages equal work, under the memory of the nodes and the windows that an architecture allows.
 //!
 //! | module | idea |
 //! |---|---|
-//! | [`cost`] | what a window needs in memory |
+//! | [`cost`] | what a window needs in memory and in time |
 //! | [`placement`] | ordered stages that provably cover every layer once |
 //! | [`plan`](mod@plan) | which layers go where, or a sentence that says why nowhere |
 #![forbid(unsafe_code)]

@@ -1,15 +1,19 @@
 //! Which layers go where, or a sentence that says why nowhere.
 //!
-//! Memory is what decides whether a placement exists; among those that do, the layers lie in proportion to free memory.
-//! For a fixed order of nodes that is exact, by dynamic programming over allowed windows: `best(i, l)` is the cheapest
-//! way to put the first `l` layers on the first `i` nodes. The cost of a stage is need²/free, whose sum is smallest when
-//! need is in proportion to free.
+//! Memory is what decides whether a placement exists. Among those that do, the one whose slowest stage is fastest is
+//! taken, for a pipeline is as fast as its slowest stage; all nodes count as equally fast until they are measured. Among
+//! equally fast ones the layers lie in proportion to free memory: the sum of need²/free is smallest then.
+//!
+//! For a fixed order of nodes that is exact, by dynamic programming over allowed windows, twice: `best(i, l)` is the
+//! cheapest way to put the first `l` layers on the first `i` nodes. First the largest cost of a stage is minimised, then,
+//! among placements no slower than that, the sum. One pass over pairs would not do: a prefix that is second best by its
+//! largest stage may become the best by its sum once a larger stage follows.
 use std::cell::RefCell;
 use std::collections::HashMap;
 
 use capstan_proto::{LayerRange, NodeId, limits};
 
-use crate::cost::Sizes;
+use crate::cost::{Need, Sizes};
 use crate::human_bytes;
 use crate::placement::{BadPlacement, Placement, StagePlan};
 
@@ -34,6 +38,10 @@ pub struct PlanOptions {
     pub ctx: u32,
     /// Sequences at once.
     pub slots: u32,
+    /// Sequences kept beyond the slots for each stage of a pipeline, for guesses that cannot be trimmed.
+    pub spares_per_stage: u32,
+    /// What a draft model takes beside the last stage of a pipeline, in bytes.
+    pub draft_bytes: u64,
     /// Most rows of a micro-batch.
     pub ubatch: u32,
     /// Use exactly these, in this order; empty leaves the choice to the planner.
@@ -189,13 +197,22 @@ impl<'a> Search<'a> {
             .or_insert_with(|| self.input.split_problem.is_none() && (self.input.window_problem)(range).is_none())
     }
 
-    fn need(&self, range: LayerRange) -> u64 {
+    /// What one of so many stages needs.
+    fn need(&self, range: LayerRange, stages: usize) -> Need {
         let o = &self.input.options;
-        self.input.sizes.need(range, o.ctx, o.slots, o.ubatch).total()
+        // A model that runs whole has no idle stages to check guesses in.
+        let guessing = stages > 1;
+        let spares = if guessing { o.spares_per_stage.saturating_mul(stages as u32) } else { 0 };
+        let mut need = self.input.sizes.need(range, o.ctx, o.slots.saturating_add(spares), o.ubatch);
+        if guessing && range.end() == self.input.sizes.layers() {
+            need.compute = need.compute.saturating_add(o.draft_bytes);
+        }
+        need
     }
 
-    fn stage(&self, node: &NodeResources, layers: LayerRange) -> StagePlan {
-        StagePlan { node: node.id, node_name: node.name.clone(), layers, memory_bytes: self.need(layers) }
+    fn stage(&self, node: &NodeResources, layers: LayerRange, stages: usize) -> StagePlan {
+        let memory_bytes = self.need(layers, stages).total();
+        StagePlan { node: node.id, node_name: node.name.clone(), layers, memory_bytes }
     }
 
     fn explicit(&self) -> Result<Placement, PlanError> {
@@ -203,8 +220,9 @@ impl<'a> Search<'a> {
         let mut wanted = self.input.options.layers.clone();
         wanted.sort_by_key(|(_, range)| range.start());
         let mut stages = Vec::new();
+        let count = wanted.len();
         for (id, range) in wanted {
-            stages.push(self.stage(self.node(id)?, range));
+            stages.push(self.stage(self.node(id)?, range, count));
         }
         let why = vec!["the layer ranges were given".to_owned()];
         let placement = Placement::new(self.input.sizes.layers(), stages, why)?;
@@ -227,11 +245,11 @@ impl<'a> Search<'a> {
                 None => nodes.push((self.node(stage.node)?, stage.memory_bytes)),
             }
         }
-        self.refuse_shortage(&nodes)?;
+        self.refuse_shortage(&nodes, count)?;
         Ok(placement)
     }
 
-    fn refuse_shortage(&self, needs: &[(&NodeResources, u64)]) -> Result<(), PlanError> {
+    fn refuse_shortage(&self, needs: &[(&NodeResources, u64)], stages: usize) -> Result<(), PlanError> {
         let missing: Vec<_> = needs
             .iter()
             .filter(|(node, need)| *need > node.free_bytes)
@@ -245,7 +263,7 @@ impl<'a> Search<'a> {
             return Ok(());
         }
         let o = &self.input.options;
-        let whole = self.input.sizes.need(self.whole()?, o.ctx, o.slots, o.ubatch);
+        let whole = self.need(self.whole()?, stages);
         Err(PlanError::Memory {
             need_bytes: needs.iter().fold(0u64, |sum, (_, need)| sum.saturating_add(*need)),
             weights_bytes: whole.weights,
@@ -263,28 +281,38 @@ impl<'a> Search<'a> {
         {
             return Err(PlanError::OnlyWhole(reason.clone()));
         }
-        let fits = |node: &NodeResources, need: u64| {
-            (need <= node.free_bytes).then(|| (need as f64) * (need as f64) / (node.free_bytes.max(1) as f64))
-        };
-        if let Some(ranges) = self.partition(order, &fits) {
-            return self.explained(order, ranges, why);
+        let stages = order.len();
+        let need = |range| self.need(range, stages).total();
+        let work = |range| self.input.sizes.work(range) as f64;
+        let fits = |node: &NodeResources, range| need(range) <= node.free_bytes;
+        let slowest = |node: &NodeResources, range| fits(node, range).then(|| work(range));
+        if let Some((bound, _)) = self.partition(order, &slowest, f64::max) {
+            let uneven = |node: &NodeResources, range| {
+                let need = need(range) as f64;
+                (fits(node, range) && work(range) <= bound).then(|| need * need / (node.free_bytes.max(1) as f64))
+            };
+            if let Some((_, ranges)) = self.partition(order, &uneven, |a, b| a + b) {
+                return self.explained(order, ranges, why);
+            }
         }
         // Nothing fits: say what is missing where, for the cut that lacks least.
-        let shortage = |node: &NodeResources, need: u64| Some(need.saturating_sub(node.free_bytes) as f64);
-        let too_many = PlanError::TooManyStages { layers: self.input.sizes.layers(), stages: order.len() };
-        let ranges = self.partition(order, &shortage).ok_or(too_many.clone())?;
-        let needs: Vec<_> = order.iter().zip(ranges).map(|(&n, r)| (n, self.need(r))).collect();
-        self.refuse_shortage(&needs)?;
+        let shortage = |node: &NodeResources, range| Some(need(range).saturating_sub(node.free_bytes) as f64);
+        let too_many = PlanError::TooManyStages { layers: self.input.sizes.layers(), stages };
+        let (_, ranges) = self.partition(order, &shortage, |a, b| a + b).ok_or(too_many.clone())?;
+        let needs: Vec<_> = order.iter().zip(ranges).map(|(&n, r)| (n, need(r))).collect();
+        self.refuse_shortage(&needs, stages)?;
         // Unreachable in exact arithmetic; a shortage of less than a float can tell still must not become a placement.
         Err(too_many)
     }
 
-    /// The cheapest cut into one window a node, in order; none when every cut has a stage that `cost` refuses.
+    /// The cheapest cut into one window a node, in order, and its cost: the costs of the stages, combined. None when
+    /// every cut has a stage that `cost` refuses.
     fn partition(
         &self,
         order: &[&NodeResources],
-        cost: &dyn Fn(&NodeResources, u64) -> Option<f64>,
-    ) -> Option<Vec<LayerRange>> {
+        cost: &dyn Fn(&NodeResources, LayerRange) -> Option<f64>,
+        combine: fn(f64, f64) -> f64,
+    ) -> Option<(f64, Vec<LayerRange>)> {
         let n = self.input.sizes.layers() as usize;
         // best[l]: cost of the first l layers on the nodes so far; cut[i][l]: where node i's window begins then.
         let mut best = vec![f64::INFINITY; n + 1];
@@ -304,9 +332,10 @@ impl<'a> Search<'a> {
                     if !self.allowed(range) {
                         continue;
                     }
-                    let Some(stage) = cost(node, self.need(range)) else { continue };
-                    if so_far + stage < next[end] {
-                        next[end] = so_far + stage;
+                    let Some(stage) = cost(node, range) else { continue };
+                    let total = combine(so_far, stage);
+                    if total < next[end] {
+                        next[end] = total;
                         from[end] = start;
                     }
                 }
@@ -323,28 +352,44 @@ impl<'a> Search<'a> {
             end = from[end];
         }
         ranges.reverse();
-        Some(ranges)
+        Some((best[n], ranges))
     }
 
     fn explained(&self, order: &[&NodeResources], ranges: Vec<LayerRange>, why: &str) -> Result<Placement, PlanError> {
-        let stages: Vec<_> = order.iter().zip(ranges).map(|(node, range)| self.stage(node, range)).collect();
+        let count = order.len();
+        let stages: Vec<_> = order.iter().zip(ranges).map(|(node, range)| self.stage(node, range, count)).collect();
         let mut lines = vec![why.to_owned()];
         if let (Some(reason), 1) = (&self.input.split_problem, stages.len()) {
             lines.push(reason.clone());
         }
         if stages.len() > 1 {
-            lines.push("layers lie in proportion to free memory".to_owned());
+            lines.push(self.why_so(order, &stages));
         }
+        let all = stages.iter().fold(0u64, |all, s| all.saturating_add(self.input.sizes.work(s.layers))).max(1) as f64;
         lines.extend(stages.iter().zip(order).enumerate().map(|(i, (stage, node))| {
             format!(
-                "stage {i}: layers {} on {}, {} of {} free",
+                "stage {i}: layers {} on {}, {:.0} % of the work, {} of {} free",
                 stage.layers,
                 stage.node_name,
+                self.input.sizes.work(stage.layers) as f64 / all * 100.0,
                 human_bytes(stage.memory_bytes),
                 human_bytes(node.free_bytes)
             )
         }));
         Ok(Placement::new(self.input.sizes.layers(), stages, lines)?)
+    }
+
+    /// What the cut of a pipeline was chosen for.
+    fn why_so(&self, order: &[&NodeResources], stages: &[StagePlan]) -> String {
+        let work = |range: LayerRange| self.input.sizes.work(range) as f64;
+        let slowest = stages.iter().map(|s| work(s.layers)).fold(0.0, f64::max);
+        match self.partition(order, &|_, range| Some(work(range)), f64::max) {
+            Some((even, _)) if slowest > even => {
+                let saved = (1.0 - even / slowest) * 100.0;
+                format!("free memory decides who holds what; with more of it a token would take {saved:.0} % less time")
+            }
+            _ => "the stages take about equally long to decode a token; the last one also computes the head".to_owned(),
+        }
     }
 
     fn choose(&self) -> Result<Placement, PlanError> {

@@ -9,11 +9,12 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::data::Rollback;
 use crate::generate::{GenerateEvent, GenerateRequest};
 use crate::{DeploymentId, Epoch, LayerRange, RequestId};
 
 /// Version of this protocol. Daemon and child are the same binary, so they differ only while it is being replaced.
-pub const CHILD_VERSION: u32 = 1;
+pub const CHILD_VERSION: u32 = 2;
 
 /// Where a stage can be reached, and the key it must prove to hold.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -33,6 +34,41 @@ pub struct WindowIo {
     pub hidden_width: u32,
     /// What a looked-up embedding row is multiplied by before it enters the first stage.
     pub embedding_scale: f32,
+}
+
+/// How a deployment schedules. Every stage is told, for snapshots of guesses take room in its caches.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Scheduling {
+    /// Most guessed tokens of a sequence that are under way; 0 turns speculation off.
+    pub speculation_depth: u16,
+    /// Driver only: the draft model's GGUF, whole.
+    pub draft: Option<PathBuf>,
+    /// Whether a new prompt takes what an earlier sequence left in the caches.
+    pub prefix_cache: bool,
+    /// How long a decode step may take while prompts come in, in percent of what it takes without them.
+    pub decode_slowdown_percent: u16,
+    /// How guesses and cached prefixes are taken back.
+    pub rollback: Rollback,
+}
+
+impl Scheduling {
+    /// Sequences that every stage keeps beyond the slots: snapshots before guesses, where guesses cannot be trimmed.
+    pub fn spares(&self) -> u32 {
+        if self.rollback == Rollback::Copy { u32::from(self.speculation_depth) } else { 0 }
+    }
+}
+
+impl Default for Scheduling {
+    /// Everything on but a draft model; guesses two deep; a decode step takes at most 1.75 times as long.
+    fn default() -> Self {
+        Self {
+            speculation_depth: 2,
+            draft: None,
+            prefix_cache: true,
+            decode_slowdown_percent: 175,
+            rollback: Rollback::Trim,
+        }
+    }
 }
 
 /// What a child loads and how large it makes its caches.
@@ -60,6 +96,8 @@ pub struct StageSpec {
     pub ubatch: u32,
     /// Most sequences decoded in one micro-batch; 1 makes every answer independent of what runs beside it, bit for bit.
     pub decode_batch: u32,
+    /// Speculation, prefix reuse, the share of prefill.
+    pub scheduling: Scheduling,
     /// Compute threads; none takes every core that the process may use.
     pub threads: Option<u32>,
     /// Layers to offload to a GPU; negative is all.
@@ -131,6 +169,18 @@ pub struct ChildStats {
     pub slots_used: u32,
     /// Driver only: requests that wait for a slot.
     pub queued: u32,
+    /// Driver only: tokens guessed in this epoch.
+    pub guessed: u64,
+    /// Driver only: guesses that were right.
+    pub accepted: u64,
+    /// Driver only: guesses that were not computed by every stage, for they were known to be wrong before.
+    pub dropped: u64,
+    /// Driver only: tokens of the prompts that were admitted in this epoch.
+    pub prompt_tokens: u64,
+    /// Driver only: of these, tokens taken from a cached prefix.
+    pub cached_tokens: u64,
+    /// Bytes sent to the next stage in this epoch.
+    pub bytes_sent: u64,
 }
 
 /// Child to daemon.

@@ -19,9 +19,9 @@ pub const CONTROL_ALPN: &[u8] = b"capstan/control/1";
 /// ALPN by which a node that holds a ticket asks to become a member.
 pub const JOIN_ALPN: &[u8] = b"capstan/join/1";
 /// Oldest control protocol that this build speaks.
-pub const CONTROL_VERSION_MIN: u32 = 1;
+pub const CONTROL_VERSION_MIN: u32 = 2;
 /// Newest control protocol that this build speaks.
-pub const CONTROL_VERSION_MAX: u32 = 1;
+pub const CONTROL_VERSION_MAX: u32 = 2;
 /// Largest [`Hello`] frame: it is read before anything is known of the other side.
 pub const HELLO_BYTES_MAX: usize = 1024;
 /// Largest request to join: it is read from a stranger. [`ADDRS_MAX`] addresses take less than a tenth of it.
@@ -212,14 +212,27 @@ pub struct ShardRef {
     pub bytes: u64,
 }
 
+/// A file that a stage loads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum StageFile {
+    /// Its layers.
+    Shard,
+    /// Driver only: the draft model, whole.
+    Draft,
+}
+
 /// A stage that the coordinator wants here.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StageOrder {
-    /// What to load. Its path is ignored: the node puts the place of its own copy there, and its own thread and
-    /// device settings and address.
+    /// What to load. Its paths are ignored: the node puts the places of its own copies there, and its own thread and
+    /// device settings and address. A draft model is wanted where one is named, which only the driver may.
     pub spec: StageSpec,
     /// The shard, where the coordinator knows its hash without cutting it again.
     pub shard: Option<ShardRef>,
+    /// The draft model, where the coordinator knows its hash.
+    pub draft: Option<ShardRef>,
+    /// How many stages of this deployment share the node, and so its cores.
+    pub sharers: u16,
     /// Memory that the placement counts on, in bytes; the node refuses when it has less.
     pub memory_bytes: u64,
 }
@@ -227,8 +240,9 @@ pub struct StageOrder {
 /// Coordinator to a stage's node, on the stage's stream.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum StageCommand {
-    /// The shard that [`StageEvent::NeedShard`] asked for is offered by the coordinator: fetch it.
-    Fetch(ShardRef),
+    /// The file that [`StageEvent::Need`] asked for is there to be had: take it from this node's own store, or fetch it
+    /// from the coordinator.
+    Fetch(StageFile, ShardRef),
     /// Take this place in the ring.
     Connect(Wiring),
     /// Driver only: the pipeline is broken; end every request in flight with this sentence.
@@ -243,17 +257,17 @@ pub enum StageCommand {
 /// A stage's node to the coordinator, on the stage's stream.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum StageEvent {
-    /// The node has no copy of the shard.
-    NeedShard,
-    /// The shard is on its way.
+    /// The node has no copy of this file.
+    Need(StageFile),
+    /// The file is on its way.
     Fetching {
         /// Bytes here and verified.
         done_bytes: u64,
         /// Bytes in all.
         total_bytes: u64,
     },
-    /// The shard is here and verified.
-    Fetched,
+    /// The file is here and verified.
+    Fetched(StageFile),
     /// The child reads its weights.
     Loading {
         /// 0 to 1000.

@@ -193,6 +193,10 @@ pub struct Usage {
     pub cached_tokens: u32,
     /// Tokens generated.
     pub completion_tokens: u32,
+    /// Tokens that were guessed ahead.
+    pub drafted_tokens: u32,
+    /// Guesses that the model confirmed.
+    pub accepted_tokens: u32,
     /// From admission to the driver's queue until a slot was free, in microseconds.
     pub queue_us: u64,
     /// From the slot until the first token was sampled, in microseconds.

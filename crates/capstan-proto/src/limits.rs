@@ -10,12 +10,27 @@ pub const ROWS_MAX: usize = 4096;
 pub const HIDDEN_WIDTH_MAX: usize = 1 << 17;
 /// Largest micro-batch frame in bytes: 512 MiB, a 4096-row chunk of a 32,768-wide model in f32.
 pub const DATA_BYTES_MAX: usize = 512 << 20;
+/// Largest header of a micro-batch frame: [`ROWS_MAX`] rows of at most 11 bytes, [`KV_OPS_MAX`] operations of 11 and
+/// [`LAYERS_MAX`] stage times of 5, with room to spare.
+pub const DATA_HEADER_BYTES_MAX: usize = 128 << 10;
+/// Most micro-batches under way in a pipeline, and so most steps of one drop notice: two for each of the most stages
+/// there can be. Engines send about one more than there are stages.
+pub const IN_FLIGHT_MAX: usize = 2 * LAYERS_MAX as usize;
+/// Largest drop notice: [`IN_FLIGHT_MAX`] steps of at most 10 bytes, with the epoch.
+pub const NOTICE_BYTES_MAX: usize = 32 << 10;
 /// Most KV operations that one micro-batch carries: a few for each of [`SLOTS_MAX`] slots.
 pub const KV_OPS_MAX: usize = 1024;
-/// Most slots of a deployment: llama.cpp's own bound on sequences is 256.
+/// Most slots of a deployment, snapshots of guesses included: llama.cpp's own bound on sequences is 256.
 pub const SLOTS_MAX: u32 = 256;
 /// Most layers of a model and so most stages of a placement.
 pub const LAYERS_MAX: u32 = 1024;
+/// Most guessed tokens of a sequence that are under way: beyond this even a perfect guesser gains nothing.
+pub const SPECULATION_DEPTH_MAX: u16 = 16;
+/// Least and most that a decode step may be slowed down by prompts that come in, in percent of its own time: at 100
+/// prompts wait for every answer to end, beyond 1000 nobody calls it streaming.
+pub const DECODE_SLOWDOWN_PERCENT_MIN: u16 = 100;
+/// See [`DECODE_SLOWDOWN_PERCENT_MIN`].
+pub const DECODE_SLOWDOWN_PERCENT_MAX: u16 = 1000;
 /// Requests that wait for a slot before the API answers 429.
 pub const QUEUE_MAX: usize = 64;
 /// Micro-batches a stage may hold between the network and its compute thread: two in each direction overlap

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use crate::{ClusterId, DeploymentId, Epoch, LayerRange, NodeId};
 
 /// Serve this model.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LoadRequest {
     /// Path of a GGUF on the node that is asked (of the first file, when it is split).
     pub path: String,
@@ -28,6 +28,18 @@ pub struct LoadRequest {
     /// Most sequences decoded in one micro-batch; none is as many as there are slots.
     #[serde(default)]
     pub decode_batch: Option<u32>,
+    /// Whether idle stages verify guessed tokens; none is yes.
+    #[serde(default)]
+    pub speculation: Option<bool>,
+    /// Path of a draft model's GGUF on the node that is asked; its vocabulary must be the model's.
+    #[serde(default)]
+    pub draft: Option<String>,
+    /// Whether a new prompt takes what an earlier sequence left in the caches; none is yes.
+    #[serde(default)]
+    pub prefix_cache: Option<bool>,
+    /// How many times as long a decode step may take while prompts come in; none is 1.75.
+    #[serde(default)]
+    pub decode_slowdown: Option<f32>,
 }
 
 /// How a load goes. The last event is `Ready` or `Failed`.

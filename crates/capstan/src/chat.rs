@@ -33,7 +33,7 @@ pub struct Usage {
     pub completion_tokens: u64,
     /// Of the prompt's tokens, those that needed no work.
     pub prompt_tokens_details: PromptDetails,
-    /// How long the parts took: Capstan's own addition to OpenAI's object.
+    /// How long the parts took and what was guessed: Capstan's own addition to OpenAI's object.
     pub capstan: Timings,
 }
 
@@ -45,7 +45,7 @@ pub struct PromptDetails {
     pub cached_tokens: u64,
 }
 
-/// How long the parts of an answer took, in microseconds.
+/// How long the parts of an answer took, in microseconds, and how many of its tokens were guessed.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
 #[serde(default)]
 pub struct Timings {
@@ -55,6 +55,10 @@ pub struct Timings {
     pub prefill_us: u64,
     /// From the first token to the last.
     pub decode_us: u64,
+    /// Tokens that were guessed ahead.
+    pub drafted_tokens: u64,
+    /// Guesses that the model confirmed.
+    pub accepted_tokens: u64,
 }
 
 /// What an answer took.
@@ -70,6 +74,12 @@ pub struct Stats {
     pub prefill_tokens_per_s: Option<f64>,
     /// Speed of the decode; none for a single token.
     pub decode_tokens_per_s: Option<f64>,
+    /// Of the prompt's tokens, those found in the cache.
+    pub cached_tokens: u64,
+    /// Tokens that were guessed ahead.
+    pub drafted_tokens: u64,
+    /// Guesses that the model confirmed.
+    pub accepted_tokens: u64,
 }
 
 impl Stats {
@@ -83,14 +93,25 @@ impl Stats {
             prefill_tokens_per_s: rate(computed, usage.capstan.prefill_us),
             // The first token belongs to the prefill.
             decode_tokens_per_s: rate(usage.completion_tokens.saturating_sub(1), usage.capstan.decode_us),
+            cached_tokens: usage.prompt_tokens_details.cached_tokens,
+            drafted_tokens: usage.capstan.drafted_tokens,
+            accepted_tokens: usage.capstan.accepted_tokens,
         }
     }
 
     /// One line for people.
     pub fn line(&self) -> String {
         let speed = |v: Option<f64>| v.map_or("–".to_string(), |v| format!("{v:.1} tokens/s"));
+        let cached = match self.cached_tokens {
+            0 => String::new(),
+            n => format!(", {n} cached"),
+        };
+        let guessed = match self.drafted_tokens {
+            0 => String::new(),
+            n => format!(" · {} of {n} guesses right", self.accepted_tokens),
+        };
         format!(
-            "TTFT {:.0} ms · prefill {} ({} tokens) · decode {} ({} tokens)",
+            "TTFT {:.0} ms · prefill {} ({} tokens{cached}) · decode {} ({} tokens){guessed}",
             self.ttft_ms,
             speed(self.prefill_tokens_per_s),
             self.prompt_tokens,
@@ -235,5 +256,11 @@ mod tests {
             "TTFT 510 ms · prefill 200.0 tokens/s (100 tokens) · decode 10.0 tokens/s (11 tokens)"
         );
         assert_eq!(Stats::new(&Usage::default(), Duration::ZERO).decode_tokens_per_s, None);
+        let more = Stats { cached_tokens: 64, drafted_tokens: 8, accepted_tokens: 5, ..stats };
+        assert_eq!(
+            more.line(),
+            "TTFT 510 ms · prefill 200.0 tokens/s (100 tokens, 64 cached) · decode 10.0 tokens/s (11 tokens) · \
+             5 of 8 guesses right"
+        );
     }
 }

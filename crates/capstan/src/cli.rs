@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::commands::{cluster, compute, lifecycle, models, run, settings};
-use crate::config::{Auto, LogFormat, parse};
+use crate::commands::{bench, cluster, compute, lifecycle, models, run, settings};
+use crate::config::{Auto, LogFormat, Switch, parse};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -82,6 +82,18 @@ pub struct ModelFlags {
     /// Requests answered at once, or `auto` [env: CAPSTAN_SLOTS] [default: auto]
     #[arg(long, value_name = "N", value_parser = parse::auto_count)]
     pub slots: Option<Auto<u32>>,
+    /// Let idle stages check guessed tokens (`auto`), or not (`off`); answers do not change [env: CAPSTAN_SPECULATION]
+    /// [default: auto]
+    #[arg(long, value_name = "auto|off", value_parser = parse::speculation)]
+    pub speculation: Option<Switch>,
+    /// Whether a prompt takes what an earlier one with the same beginning left in the caches [env: CAPSTAN_PREFIX_CACHE]
+    /// [default: on]
+    #[arg(long, value_name = "on|off", value_parser = parse::prefix_cache)]
+    pub prefix_cache: Option<Switch>,
+    /// How many times as long a decode step may take while prompts come in: less keeps answers flowing, more lets new
+    /// ones begin sooner [env: CAPSTAN_DECODE_SLOWDOWN] [default: 1.75]
+    #[arg(long, value_name = "TIMES", value_parser = parse::decode_slowdown)]
+    pub decode_slowdown: Option<f32>,
 }
 
 /// The commands.
@@ -108,6 +120,9 @@ pub enum Command {
     /// Chat with a model in the terminal, loading it if need be
     #[command(after_help = run::EXAMPLES)]
     Run(run::RunArgs),
+    /// Measure a running server: TTFT, ITL and throughput
+    #[command(after_help = bench::EXAMPLES)]
+    Bench(bench::BenchArgs),
     /// Leave the cluster; this node is then alone in a new one
     #[command(after_help = cluster::LEAVE_EXAMPLES)]
     Leave,

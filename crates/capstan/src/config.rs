@@ -7,7 +7,7 @@ use std::fmt;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
-use capstan_proto::limits;
+use capstan_proto::limits::{self, DECODE_SLOWDOWN_PERCENT_MAX, DECODE_SLOWDOWN_PERCENT_MIN};
 use serde::Serialize;
 
 use crate::cli::{Global, ModelFlags, NodeFlags};
@@ -16,13 +16,15 @@ use crate::cli::{Global, ModelFlags, NodeFlags};
 const API_PORT: u16 = 8420;
 /// UDP port that other nodes dial unless told otherwise.
 const BIND_PORT: u16 = 8421;
+/// How many times as long a decode step may take while prompts come in, unless told otherwise.
+const DECODE_SLOWDOWN: f32 = 1.75;
 /// Largest config file that is read, in bytes: a thousand times what a full one has.
 const CONFIG_BYTES_MAX: u64 = 1 << 20;
 /// How alike a wrong key must be to a right one to be called its misspelling (1 is equal).
 const SIMILARITY_MIN: f64 = 0.7;
 
 /// The settings, by the name they have in the config file. Flag and variable follow from it.
-pub const KEYS: [&str; 11] = [
+pub const KEYS: [&str; 14] = [
     "data_dir",
     "name",
     "api_addr",
@@ -32,6 +34,9 @@ pub const KEYS: [&str; 11] = [
     "gpu_layers",
     "ctx",
     "slots",
+    "speculation",
+    "prefix_cache",
+    "decode_slowdown",
     "log_level",
     "log_format",
 ];
@@ -126,6 +131,38 @@ impl<T: fmt::Display> fmt::Display for Auto<T> {
     }
 }
 
+/// A thing that is done or left, and the words for that.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Switch {
+    /// Done: `on`.
+    On,
+    /// Done where it is right and pays: `auto`.
+    Auto,
+    /// Left: `off`.
+    Off,
+}
+
+impl Switch {
+    /// Whether it is done.
+    pub fn is_on(self) -> bool {
+        self != Self::Off
+    }
+
+    fn word(self) -> &'static str {
+        match self {
+            Self::On => "on",
+            Self::Auto => "auto",
+            Self::Off => "off",
+        }
+    }
+}
+
+impl fmt::Display for Switch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.word())
+    }
+}
+
 /// How logs are written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -179,6 +216,12 @@ pub struct Config {
     pub ctx: Setting<Auto<u32>>,
     /// Requests answered at once.
     pub slots: Setting<Auto<u32>>,
+    /// Whether idle stages check guessed tokens.
+    pub speculation: Setting<Switch>,
+    /// Whether a prompt takes what an earlier one left in the caches.
+    pub prefix_cache: Setting<Switch>,
+    /// How many times as long a decode step may take while prompts come in.
+    pub decode_slowdown: Setting<f32>,
     /// Least level that is logged, or a filter.
     pub log_level: Setting<String>,
     /// How logs are written.
@@ -238,6 +281,10 @@ impl Config {
             gpu_layers: from.pick("gpu_layers", node.gpu_layers, parse::integer, || Ok(-1))?,
             ctx: from.pick("ctx", model.ctx, parse::auto_count, || Ok(Auto(None)))?,
             slots: from.pick("slots", model.slots, parse::auto_count, || Ok(Auto(None)))?,
+            speculation: from.pick("speculation", model.speculation, parse::speculation, || Ok(Switch::Auto))?,
+            prefix_cache: from.pick("prefix_cache", model.prefix_cache, parse::prefix_cache, || Ok(Switch::On))?,
+            decode_slowdown: from
+                .pick("decode_slowdown", model.decode_slowdown, parse::decode_slowdown, || Ok(DECODE_SLOWDOWN))?,
             log_level: from.pick("log_level", global.log_level, parse::log_level, || Ok("info".into()))?,
             log_format: from.pick("log_format", global.log_format, parse::log_format, || Ok(LogFormat::Text))?,
             file: file.map(|(path, _)| path.to_path_buf()),
@@ -265,6 +312,9 @@ impl Config {
             show("gpu_layers", &self.gpu_layers, self.gpu_layers.value),
             show("ctx", &self.ctx, self.ctx.value.0),
             show("slots", &self.slots, self.slots.value.0),
+            show("speculation", &self.speculation, self.speculation.value.word()),
+            show("prefix_cache", &self.prefix_cache, self.prefix_cache.value.word()),
+            show("decode_slowdown", &self.decode_slowdown, self.decode_slowdown.value),
             show("log_level", &self.log_level, &self.log_level.value),
             show("log_format", &self.log_format, self.log_format.value),
         ]
@@ -366,6 +416,33 @@ pub mod parse {
         text.parse().map_err(|_| format!("{text:?} is not a whole number"))
     }
 
+    /// `auto` or `off`.
+    pub fn speculation(text: &str) -> Result<Switch, String> {
+        switch(text, Switch::Auto)
+    }
+
+    /// `on` or `off`.
+    pub fn prefix_cache(text: &str) -> Result<Switch, String> {
+        switch(text, Switch::On)
+    }
+
+    fn switch(text: &str, on: Switch) -> Result<Switch, String> {
+        let words = [on, Switch::Off];
+        words.into_iter().find(|s| s.word() == text).ok_or_else(|| format!("{text:?} is neither {on} nor off"))
+    }
+
+    /// How many times as long a decode step may take.
+    pub fn decode_slowdown(text: &str) -> Result<f32, String> {
+        let bounds =
+            [DECODE_SLOWDOWN_PERCENT_MIN, DECODE_SLOWDOWN_PERCENT_MAX].map(|percent| f32::from(percent) / 100.0);
+        match text.parse::<f32>() {
+            Ok(times) if (bounds[0]..=bounds[1]).contains(&times) => Ok(times),
+            _ => {
+                Err(format!("{text:?} is not a number from {} to {}, such as {DECODE_SLOWDOWN}", bounds[0], bounds[1]))
+            }
+        }
+    }
+
     /// A level or a filter of `tracing`.
     pub fn log_level(text: &str) -> Result<String, String> {
         match tracing_subscriber::EnvFilter::try_new(text) {
@@ -408,7 +485,8 @@ fn scalar_text(value: &toml::Value) -> Result<String, String> {
     match value {
         toml::Value::String(text) => Ok(text.clone()),
         toml::Value::Integer(n) => Ok(n.to_string()),
-        other => Err(format!("it is a {}; write a string or a whole number", other.type_str())),
+        toml::Value::Float(x) => Ok(x.to_string()),
+        other => Err(format!("it is a {}; write a string or a number", other.type_str())),
     }
 }
 
@@ -483,10 +561,18 @@ mod tests {
     }
 
     #[test]
-    fn bad_values_name_their_source() {
+    fn values_are_checked_and_bad_ones_name_their_source() {
         let env = [("CAPSTAN_MEMORY_LIMIT", "lots")];
         let message = resolve(Flags::default(), "", &env).unwrap_err().to_string();
         assert!(message.starts_with("variable CAPSTAN_MEMORY_LIMIT has a bad value for memory_limit"), "{message}");
+        let settings = "speculation = 'off'\ndecode_slowdown = 2.5";
+        let c = resolve(Flags::default(), settings, &[("CAPSTAN_PREFIX_CACHE", "off")]).unwrap();
+        assert_eq!((c.speculation.value, c.prefix_cache.value), (Switch::Off, Switch::Off));
+        assert_eq!(c.decode_slowdown.value, 2.5);
+        for (key, bad) in [("speculation", "'on'"), ("prefix_cache", "'auto'"), ("decode_slowdown", "0.5")] {
+            let message = resolve(Flags::default(), &format!("{key} = {bad}"), &[]).unwrap_err().to_string();
+            assert!(message.contains(&format!("bad value for {key}")), "{message}");
+        }
         for (key, bad) in [("threads", "0"), ("api_addr", "'8420'"), ("name", "'a,b'"), ("log_format", "'xml'")] {
             let message = resolve(Flags::default(), &format!("{key} = {bad}"), &[]).unwrap_err().to_string();
             assert!(message.contains(&format!("bad value for {key}")), "{message}");

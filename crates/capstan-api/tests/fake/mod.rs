@@ -42,7 +42,14 @@ fn token(token: i32, text: &str, logprobs: bool) -> GenerateEvent {
 
 /// The events of an answer that goes well.
 pub fn script(logprobs: bool) -> Vec<GenerateEvent> {
-    let usage = Usage { prompt_tokens: 7, cached_tokens: 2, completion_tokens: 3, ..Usage::default() };
+    let usage = Usage {
+        prompt_tokens: 7,
+        cached_tokens: 2,
+        completion_tokens: 3,
+        drafted_tokens: 4,
+        accepted_tokens: 1,
+        ..Usage::default()
+    };
     vec![
         GenerateEvent::Started { prompt_tokens: 7 },
         token(1, "Hé", logprobs),

@@ -1,9 +1,10 @@
 //! A pipeline in one thread: an engine, a ring of fake stages with queues between them, and a driver that is greedy.
 //! Who acts next is drawn from a seed, so every delay that a network could cause is tried, and every run replays.
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use capstan_engine::{
-    Completed, Engine, EngineConfig, FakeModel, FakeStage, FinishedBy, PlannedBatch, Stage, StageOutput, TokenOutcome,
+    BatchKind, Completed, Engine, EngineConfig, FakeModel, FakeStage, FinishedBy, PlannedBatch, Stage, StageOutput,
+    TokenOutcome,
 };
 use capstan_proto::data::{MicroBatch, Payload};
 use capstan_proto::{Epoch, RequestId};
@@ -95,13 +96,23 @@ pub struct Ring {
     epoch: Epoch,
     watched: BTreeMap<RequestId, Watch>,
     by_slot: BTreeMap<u32, RequestId>,
-    decodes_in_a_row: u16,
+    decodes_in_a_row: u32,
     plans: u64,
+    /// What the draft model knows, and how many of a hundred guesses it gets right; none has no draft model.
+    pub draft: Option<usize>,
+    /// What a row takes on every stage; none lets every time be another.
+    pub row_us: Option<u32>,
+    known: BTreeMap<RequestId, (usize, Vec<i32>)>,
+    /// Guesses that are wrong: a stage may compute them or not, as it comes.
+    dropped: BTreeSet<u64>,
+    dice: Dice,
+    /// Tokens of each prompt.
+    prompts: BTreeMap<RequestId, usize>,
 }
 
 impl Ring {
     pub fn new(config: EngineConfig, model: FakeModel) -> Self {
-        let model = FakeModel { slots: config.slots, ..model };
+        let model = FakeModel { slots: config.slots + config.spares, ..model };
         let stages = FakeStage::pipeline(model, config.stages);
         assert_eq!(stages.len(), usize::from(config.stages));
         Self {
@@ -118,11 +129,22 @@ impl Ring {
             by_slot: BTreeMap::new(),
             decodes_in_a_row: 0,
             plans: 0,
+            draft: None,
+            row_us: None,
+            known: BTreeMap::new(),
+            dropped: BTreeSet::new(),
+            dice: Dice(7),
+            prompts: BTreeMap::new(),
         }
     }
 
     pub fn submit(&mut self, id: u64, prompt: Vec<i32>, max_tokens: Option<u32>) {
         let rows = prompt.len();
+        self.prompts.insert(RequestId(id), rows);
+        if self.draft.is_some() {
+            let answer = alone(self.model, &prompt, max_tokens, self.engine.config().ctx).0;
+            self.known.insert(RequestId(id), (rows, answer));
+        }
         self.engine.handle_submit(RequestId(id), prompt, max_tokens).unwrap();
         self.answers.insert(RequestId(id), Vec::new());
         self.watched.insert(RequestId(id), Watch { prompt_rows_left: rows, ready_at: None });
@@ -147,6 +169,7 @@ impl Ring {
         self.links.iter_mut().for_each(VecDeque::clear);
         self.by_slot.clear();
         self.planned.clear();
+        self.dropped.clear();
         self.decodes_in_a_row = 0;
     }
 
@@ -157,8 +180,10 @@ impl Ring {
             while let Some(started) = self.engine.poll_started() {
                 self.started.push(started.id);
                 self.by_slot.insert(started.slot, started.id);
+                self.watched.get_mut(&started.id).unwrap().prompt_rows_left -= started.cached as usize;
             }
-            let Some(batch) = batch else { break };
+            self.dropped.extend(self.engine.poll_drop().into_iter().flatten());
+            let Some(batch) = batch else { if self.draft_guess() { continue } else { break } };
             self.check_plan(&batch);
             self.planned.push(batch.clone());
             let payload = match self.stages.len() {
@@ -170,6 +195,16 @@ impl Ring {
         self.engine.check_invariants().unwrap();
     }
 
+    /// The draft model guesses, rightly or not, if it may.
+    fn draft_guess(&mut self) -> bool {
+        let (Some(right), Some(wanted)) = (self.draft, self.engine.wants_guess()) else { return false };
+        let (prompt, answer) = &self.known[&wanted.id];
+        let next = answer.get(wanted.tokens.len() - prompt).copied().unwrap_or(END);
+        let token = if self.dice.below(100) < right { next } else { self.dice.below(self.model.n_vocab) as i32 };
+        self.engine.handle_guess(&wanted, token);
+        true
+    }
+
     /// The stages, and the driver as the last one, that have something to do.
     pub fn busy(&self) -> Vec<usize> {
         (0..self.links.len()).filter(|&i| !self.links[i].is_empty()).collect()
@@ -179,6 +214,14 @@ impl Ring {
     pub fn act(&mut self, i: usize) {
         let Some((mut batch, logits)) = self.links[i].pop_front() else { return };
         if i < self.stages.len() {
+            let void = self.dropped.contains(&batch.step) && self.dice.below(3) > 0;
+            if void {
+                batch.rows.clear();
+                batch.payload = match self.stages.len() {
+                    1 => Payload::Tokens(vec![]),
+                    _ => Payload::Hidden(vec![]),
+                };
+            }
             let logits = match self.stages[i].forward(&batch).unwrap() {
                 StageOutput::Hidden(hidden) => {
                     batch.payload = Payload::Hidden(hidden);
@@ -191,8 +234,14 @@ impl Ring {
         }
         let n_vocab = self.model.n_vocab;
         let logits = logits.unwrap();
-        let Completed { outputs, output_rows } = self.engine.handle_completed(batch.step).unwrap();
-        assert_eq!(logits.len(), output_rows * n_vocab);
+        let void = self.engine.is_void(batch.step);
+        assert_eq!(void, self.dropped.contains(&batch.step));
+        let rows = batch.rows.len() as u32;
+        let us: Vec<u32> =
+            self.stages.iter().map(|_| self.row_us.map_or(1 + self.dice.below(1000) as u32, |us| us * rows)).collect();
+        self.engine.handle_times(batch.step, &us, us.iter().sum());
+        let Completed { outputs, output_rows, .. } = self.engine.handle_completed(batch.step).unwrap();
+        assert!(void && output_rows == 0 && outputs.is_empty() || logits.len() == output_rows * n_vocab);
         for (id, index) in outputs {
             assert!(!self.ended.contains_key(&id), "request {id} ended, but an output of it came");
             let token = greedy(&logits[index * n_vocab..(index + 1) * n_vocab]);
@@ -203,7 +252,13 @@ impl Ring {
             }
             self.answers.get_mut(&id).unwrap().push(token);
             match self.engine.handle_token(id, token) {
-                TokenOutcome::Continue => self.watched.get_mut(&id).unwrap().ready_at = Some(self.plans),
+                TokenOutcome::Continue => {
+                    let slot = *self.by_slot.iter().rfind(|(_, of)| **of == id).unwrap().0;
+                    let sent = self.engine.held()[slot as usize].1.len();
+                    let all = self.prompts[&id] + self.answers[&id].len();
+                    // Otherwise it was guessed and is under way.
+                    self.watched.get_mut(&id).unwrap().ready_at = (sent < all).then_some(self.plans);
+                }
                 TokenOutcome::Finished(by) => self.end(id, End::Length(by)),
                 TokenOutcome::Ignored => panic!("the token of request {id} was ignored"),
             }
@@ -233,31 +288,39 @@ impl Ring {
         let config = self.engine.config().clone();
         assert_eq!(batch.step, self.planned.len() as u64, "steps have no gaps");
         assert_eq!(batch.rows.len(), batch.tokens.len());
-        assert!((1..=config.chunk as usize).contains(&batch.rows.len()));
-        let one_slot = batch.rows.iter().all(|r| r.slot == batch.rows[0].slot);
-        let owner = |slot: u32| self.by_slot[&slot];
-        let live = |slot: u32| self.watched.get(&owner(slot));
-        let prefill = one_slot && live(batch.rows[0].slot).is_some_and(|w| w.prompt_rows_left > 0);
+        assert!((1..=config.chunk.max(config.slots) as usize).contains(&batch.rows.len()));
         let prompts_wait = self.by_slot.values().any(|id| self.watched.get(id).is_some_and(|w| w.prompt_rows_left > 0));
-        if prefill {
-            self.decodes_in_a_row = 0;
-            let left = &mut self.watched.get_mut(&self.by_slot[&batch.rows[0].slot]).unwrap().prompt_rows_left;
-            *left -= batch.rows.len();
-            let (last, others) = batch.rows.split_last().unwrap();
-            assert!(others.iter().all(|r| !r.output));
-            assert_eq!(last.output, *left == 0, "only the prompt's last row has an output");
-        } else {
-            assert!(batch.rows.len() <= config.decode_batch as usize);
-            assert!(batch.rows.windows(2).all(|w| w[0].slot < w[1].slot), "one row a slot, slots ascend");
-            assert!(batch.rows.iter().all(|r| r.output));
-            self.decodes_in_a_row = if prompts_wait { self.decodes_in_a_row + 1 } else { 0 };
-            assert!(self.decodes_in_a_row <= config.decodes_per_prefill, "a prompt starves");
-            // Before its turn come at most all others, each alone, and the chunks between them.
-            let bound = u64::from(config.slots) + u64::from(config.slots / u32::from(config.decodes_per_prefill)) + 2;
-            for row in &batch.rows {
-                let ready_at = self.watched.get_mut(&self.by_slot[&row.slot]).unwrap().ready_at.take().unwrap();
-                assert!(self.plans - ready_at <= bound, "slot {} waited for {}", row.slot, self.plans - ready_at);
+        match batch.kind {
+            BatchKind::Prefill => {
+                self.decodes_in_a_row = 0;
+                let left = &mut self.watched.get_mut(&self.by_slot[&batch.rows[0].slot]).unwrap().prompt_rows_left;
+                *left -= batch.rows.len();
+                let (last, others) = batch.rows.split_last().unwrap();
+                assert!(others.iter().all(|r| !r.output));
+                assert_eq!(last.output, *left == 0, "only the prompt's last row has an output");
             }
+            BatchKind::Decode => {
+                assert!(batch.rows.len() <= config.decode_batch as usize);
+                assert!(batch.rows.windows(2).all(|w| w[0].slot < w[1].slot), "one row a slot, slots ascend");
+                assert!(batch.rows.iter().all(|r| r.output));
+                self.decodes_in_a_row = if prompts_wait { self.decodes_in_a_row + 1 } else { 0 };
+                // A chunk in 16 steps at the least, and each group has one micro-batch a step.
+                assert!(self.decodes_in_a_row <= 17 * config.slots + 2, "a prompt starves");
+                for row in &batch.rows {
+                    self.watched.get_mut(&self.by_slot[&row.slot]).unwrap().ready_at = None;
+                }
+            }
+            BatchKind::Guess => {
+                assert!(!prompts_wait && config.speculation_depth > 0);
+                assert!(matches!(batch.rows[..], [row] if row.output));
+            }
+            BatchKind::Measure => assert!(self.watched.is_empty()),
+        }
+        // Before its turn come at most all others, each alone, and chunks and guesses between them.
+        let bound = 4 * u64::from(config.slots) + 2 * u64::from(config.in_flight_max);
+        for (id, watch) in &self.watched {
+            let waited = watch.ready_at.map_or(0, |at| self.plans - at);
+            assert!(waited <= bound, "request {id} waited for {waited}");
         }
         self.plans += 1;
     }

@@ -3,6 +3,8 @@
 //! [`table`] is the knowledge as data, [`windows`] answers whether a window may be a stage, [`edit`] adjusts the
 //! metadata of one. Every rule is there because llama.cpp computes something from the number of layers, from a layer's
 //! absolute number, or from the presence of a kind of layer; without it a shard fails to load or is silently wrong.
+use capstan_proto::data::Rollback;
+
 pub mod edit;
 pub mod table;
 pub mod windows;
@@ -155,5 +157,15 @@ pub fn rules(architecture: &str) -> Option<&'static Rules> {
 
 /// Why a known architecture only runs whole.
 pub fn whole_reason(architecture: &str) -> Option<&'static str> {
-    table::WHOLE.iter().find(|(name, _)| *name == architecture).map(|(_, why)| *why)
+    table::WHOLE.iter().find(|(name, ..)| *name == architecture).map(|(_, why, _)| *why)
+}
+
+/// How rows computed in vain are taken back: as the proof on the tiny models found it, and not at all where there is no
+/// proof. llama.cpp's own answer does not help, for it accepts some removals that it then gets wrong.
+pub fn rollback(architecture: &str) -> Rollback {
+    if let Some(rules) = rules(architecture) {
+        return if rules.mixer == Mixer::Attention { Rollback::Trim } else { Rollback::Copy };
+    }
+    let whole = table::WHOLE.iter().find(|(name, ..)| *name == architecture);
+    whole.map_or(Rollback::None, |(.., rollback)| *rollback)
 }

@@ -1,4 +1,6 @@
 //! The table: every architecture that takes its hidden states as embeddings, and those known to run whole only.
+use capstan_proto::data::Rollback::{self, Copy, None as Unproved, Trim};
+
 use super::{EmbeddingScale, Mixer, Quirk, Quirk::*, Rules, State, Swa};
 
 /// Keys after `{arch}.` whose arrays hold one entry per layer. A list, for lengths deceive: a four-layer model's
@@ -192,26 +194,33 @@ const SCALED: &str = "its graph scales any input, so hidden states cannot enter 
 const NORMED: &str = "its graph normalises any input, so hidden states cannot enter it as embeddings";
 const STREAMS: &str = "it carries several residual streams, which cannot enter as embeddings";
 
-/// Architectures that are known and run whole, each with the rest of the sentence "… because".
-pub const WHOLE: &[(&str, &str)] = &[
-    ("afmoe", SCALED),
-    ("gemma", SCALED),
-    ("gemma2", SCALED),
-    ("bloom", NORMED),
-    ("muse-glimmer", NORMED),
-    ("rwkv6", NORMED),
-    ("deepseek4", STREAMS),
-    ("glm5-next", STREAMS),
-    ("hy_v4", STREAMS),
-    ("qwen4exp", STREAMS),
-    ("kimi-k3", "its layers mix the inputs of all earlier blocks"),
-    ("minimax-01", "its decay depends on a layer's number and on how many there are"),
-    ("rwkv7", "all its layers use the first layer's values"),
-    ("arwkv7", "all its layers use the first layer's values"),
-    ("gemma3n", "each layer has an input computed from the token, and there are several residual streams"),
-    ("minicpm3", "its residual scale is computed from the number of layers"),
-    ("talkie", "every layer adds the token's embedding"),
-    ("llada-moe", "it is a diffusion model, which llama.cpp gives no memory of a sequence and which is not served"),
-    ("graniteswitch", "its router needs the tokens"),
-    ("hrm_text", "its layers run in loops"),
+/// Architectures that are known and run whole, each with the rest of the sentence "… because" and with how its memory is
+/// taken back.
+pub const WHOLE: &[(&str, &str, Rollback)] = &[
+    ("afmoe", SCALED, Trim),
+    ("gemma", SCALED, Trim),
+    ("gemma2", SCALED, Trim),
+    ("bloom", NORMED, Trim),
+    ("muse-glimmer", NORMED, Trim),
+    ("rwkv6", NORMED, Unproved),
+    // A sequence that is copied and copied back is not what it was.
+    ("deepseek4", STREAMS, Unproved),
+    ("glm5-next", STREAMS, Copy),
+    ("hy_v4", STREAMS, Trim),
+    ("qwen4exp", STREAMS, Copy),
+    ("kimi-k3", "its layers mix the inputs of all earlier blocks", Copy),
+    ("minimax-01", "its decay depends on a layer's number and on how many there are", Copy),
+    // Even the same micro-batches do not always give their random models the same numbers.
+    ("rwkv7", "all its layers use the first layer's values", Unproved),
+    ("arwkv7", "all its layers use the first layer's values", Unproved),
+    ("gemma3n", "each layer has an input computed from the token, and there are several residual streams", Trim),
+    ("minicpm3", "its residual scale is computed from the number of layers", Trim),
+    ("talkie", "every layer adds the token's embedding", Trim),
+    (
+        "llada-moe",
+        "it is a diffusion model, which llama.cpp gives no memory of a sequence and which is not served",
+        Unproved,
+    ),
+    ("graniteswitch", "its router needs the tokens", Unproved),
+    ("hrm_text", "its layers run in loops", Unproved),
 ];

@@ -1,44 +1,77 @@
-//! Shards that are cut for a deployment: in the background, offered to the stage's node, gone when they are not needed.
+//! Files that a deployment's stages ask for: cut in the background, kept in this node's store for a stage of its own or
+//! offered to the stage's node, withdrawn when they are not needed.
 use std::path::PathBuf;
 
-use capstan_proto::control::ShardRef;
+use capstan_proto::control::{ShardRef, StageCommand, StageFile};
+use capstan_store::Hold;
 
 use super::{Coordinator, Message, QUEUE};
 use crate::cutter::CANCELLED;
 use crate::node::Shared;
 use crate::throttle::Throttle;
 
-/// A shard that has been cut.
+/// A file that is there for its stage.
 pub(crate) struct Cut {
-    pub(super) path: PathBuf,
-    /// What it is offered as; none for a stage of this node.
-    pub(super) shard: Option<ShardRef>,
+    pub(super) shard: ShardRef,
+    /// What is offered to another node; none when the store has it.
+    offered: Option<PathBuf>,
+    /// Keeps it in the store until its stage holds it itself.
+    _hold: Option<Hold>,
+}
+
+/// A file of a stage, as its coordinator knows it.
+#[derive(Default)]
+pub(super) struct Supply {
+    pub(super) cutting: bool,
+    pub(super) cut: Option<Cut>,
 }
 
 impl Cut {
-    /// Takes the offer back and removes what was cut.
+    /// Takes the offer back and removes what was cut for it.
     async fn discard(self, shared: &Shared) {
-        if let Some(shard) = self.shard
-            && let Err(error) = shared.store.withdraw(&shard.hash).await
-        {
+        let Some(path) = self.offered else { return };
+        if let Err(error) = shared.store.withdraw(&self.shard.hash).await {
             tracing::warn!(%error, "a shard could not be withdrawn");
         }
-        shared.cutter.discard(&self.path).await;
+        shared.cutter.discard(&path).await;
     }
 }
 
 impl Coordinator {
-    /// Cuts a stage's shard in the background and offers it when its node is another.
-    pub(super) fn begin_cut(&mut self, i: usize) {
-        let stage = &mut self.stages[i];
-        if stage.cutting || self.cuts_stop.is_cancelled() {
+    /// Answers a stage that has not got one of its files.
+    pub(super) fn supply(&mut self, i: usize, file: StageFile) {
+        match self.stages[i].supply(file).cut.as_ref().map(|cut| cut.shard) {
+            Some(shard) => self.hand_over(i, file, shard),
+            None => self.begin_cut(i, file),
+        }
+    }
+
+    /// Tells a stage that its file can be had.
+    fn hand_over(&self, i: usize, file: StageFile, shard: ShardRef) {
+        if let Some(commands) = &self.stages[i].commands {
+            commands.try_send(StageCommand::Fetch(file, shard)).ok();
+        }
+    }
+
+    /// Cuts a file in the background; a draft model is only hashed.
+    fn begin_cut(&mut self, i: usize, file: StageFile) {
+        let blueprint = self.blueprint.clone();
+        let (model, range) = match (file, blueprint.draft) {
+            (StageFile::Shard, _) => (blueprint.model, self.stages[i].plan.layers),
+            (StageFile::Draft, Some(draft)) if i + 1 == self.stages.len() => match draft.whole() {
+                Some(range) => (draft, range),
+                None => return,
+            },
+            // A stage that asks for what it was not told of waits in vain.
+            (StageFile::Draft, _) => return,
+        };
+        let here = self.stages[i].plan.node == self.shared.id;
+        let supply = self.stages[i].supply(file);
+        if supply.cutting || self.cuts_stop.is_cancelled() {
             return;
         }
-        stage.cutting = true;
-        let here = stage.plan.node == self.shared.id;
-        let range = stage.plan.layers;
-        let (shared, blueprint, outbox) = (self.shared.clone(), self.blueprint.clone(), self.outbox.clone());
-        let stop = self.cuts_stop.clone();
+        supply.cutting = true;
+        let (shared, outbox, stop) = (self.shared.clone(), self.outbox.clone(), self.cuts_stop.clone());
         tokio::spawn(async move {
             let progress = || {
                 let (outbox, mut throttle) = (outbox.clone(), Throttle::default());
@@ -50,26 +83,32 @@ impl Coordinator {
                 }
             };
             let cut = async {
-                let path =
-                    shared.cutter.cut(blueprint.id, &blueprint.model, range, &shared.store, &stop, progress()).await?;
-                let mut cut = Cut { path, shard: None };
-                if !here {
-                    let offer = tokio::select! {
-                        offer = shared.store.offer(&cut.path, progress()) => offer.map_err(|e| e.to_string()),
-                        () = stop.cancelled() => Err(CANCELLED.into()),
+                let path = shared.cutter.cut(blueprint.id, &model, range, &shared.store, &stop, progress()).await?;
+                // To adopt is to move, which nobody's model may be.
+                let adopted = here && shared.cutter.made(&path);
+                let place = async {
+                    let placed = if adopted {
+                        shared.store.adopt(&path, progress()).await
+                    } else {
+                        shared.store.offer(&path, progress()).await
                     };
-                    match offer {
-                        Ok(offer) => {
-                            let shard = ShardRef { hash: offer.hash, bytes: offer.bytes };
-                            shared.cutter.remember(&blueprint.model, range, shard);
-                            cut.shard = Some(shard);
-                        }
-                        Err(error) => {
-                            cut.discard(&shared).await;
-                            return Err(error);
-                        }
+                    placed.map_err(|e| e.to_string())
+                };
+                let placed = tokio::select! {
+                    placed = place => placed,
+                    () = stop.cancelled() => Err(CANCELLED.into()),
+                };
+                let offer = match placed {
+                    Ok(offer) => offer,
+                    Err(error) => {
+                        shared.cutter.discard(&path).await;
+                        return Err(error);
                     }
-                }
+                };
+                let shard = ShardRef { hash: offer.hash, bytes: offer.bytes };
+                let hold = adopted.then(|| shared.store.hold(&shard.hash));
+                shared.cutter.remember(&model, range, shard);
+                let cut = Cut { shard, offered: (!adopted).then_some(path), _hold: hold };
                 if stop.is_cancelled() {
                     cut.discard(&shared).await;
                     return Err(CANCELLED.into());
@@ -77,17 +116,30 @@ impl Coordinator {
                 Ok(cut)
             };
             let result = cut.await;
-            if let Err(unsent) = outbox.send(Message::Cut(i, result)).await
-                && let Message::Cut(_, Ok(cut)) = unsent.0
+            if let Err(unsent) = outbox.send(Message::Cut(i, file, result)).await
+                && let Message::Cut(_, _, Ok(cut)) = unsent.0
             {
                 cut.discard(&shared).await;
             }
         });
     }
 
-    /// A stage elsewhere has its shard: what was cut for it can go.
-    pub(super) fn drop_cut(&mut self, i: usize) {
-        if let Some(cut) = self.stages[i].cut.take_if(|cut| cut.shard.is_some()) {
+    /// What was asked for is there, or will not be.
+    pub(super) fn was_cut(&mut self, i: usize, file: StageFile, result: Result<Cut, String>) -> Result<(), String> {
+        self.stages[i].supply(file).cutting = false;
+        let cut = result.map_err(|e| match file {
+            StageFile::Shard => format!("the shard of {} could not be cut: {e}", self.name_stage(i)),
+            StageFile::Draft => format!("the draft model could not be offered to {}: {e}", self.name_stage(i)),
+        })?;
+        let shard = cut.shard;
+        self.stages[i].supply(file).cut = Some(cut);
+        self.hand_over(i, file, shard);
+        Ok(())
+    }
+
+    /// A stage has its file: what was cut for it can go.
+    pub(super) fn drop_cut(&mut self, i: usize, file: StageFile) {
+        if let Some(cut) = self.stages[i].supply(file).cut.take() {
             let shared = self.shared.clone();
             tokio::spawn(async move { cut.discard(&shared).await });
         }

@@ -1,7 +1,7 @@
 //! How a deployment ends: unloaded, its load failed, or given up for now.
 use std::time::Duration;
 
-use capstan_proto::control::{StageCommand, StageEvent, clip};
+use capstan_proto::control::{StageCommand, StageEvent, StageFile, clip};
 use capstan_proto::manage::{Health, LoadEvent};
 use tokio::time::timeout;
 
@@ -23,7 +23,7 @@ impl Coordinator {
         }
         self.rewire_at = None;
         let all_ended = async {
-            while self.stages.iter().any(|s| s.commands.is_some() || s.cutting) {
+            while self.stages.iter().any(|s| s.commands.is_some() || s.shard.cutting || s.draft.cutting) {
                 let over = match self.inbox.recv().await {
                     Some(Message::Session(
                         i,
@@ -31,9 +31,10 @@ impl Coordinator {
                         SessionEvent::Stage(StageEvent::Ended { .. }) | SessionEvent::Away(_),
                     ))
                     | Some(Message::Closed(i, g)) => (i, g),
-                    Some(Message::Cut(i, result)) => {
-                        self.stages[i].cutting = false;
-                        self.stages[i].cut = result.ok();
+                    Some(Message::Cut(i, file, result)) => {
+                        let supply = self.stages[i].supply(file);
+                        supply.cutting = false;
+                        supply.cut = result.ok();
                         continue;
                     }
                     Some(Message::Unload(done)) => {
@@ -53,7 +54,8 @@ impl Coordinator {
         }
         for i in 0..self.stages.len() {
             self.down(i);
-            self.drop_cut(i);
+            self.drop_cut(i, StageFile::Shard);
+            self.drop_cut(i, StageFile::Draft);
         }
     }
 

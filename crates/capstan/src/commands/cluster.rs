@@ -147,8 +147,9 @@ pub fn describe(status: &ClusterStatus) -> String {
     } else {
         parts.push(deployments(&status.deployments));
         parts.extend(status.deployments.iter().map(stages));
-        let troubles = status.deployments.iter().filter(|d| !d.detail.is_empty());
-        let lines: Vec<_> = troubles.map(|d| view::plain(&format!("{}: {}", d.name, d.detail))).collect();
+        let notes = |d: &DeploymentStatus| [d.detail.clone(), savings(d)].map(|note| (d.name.clone(), note));
+        let notes = status.deployments.iter().flat_map(notes).filter(|(_, note)| !note.is_empty());
+        let lines: Vec<_> = notes.map(|(name, note)| view::plain(&format!("{name}: {note}"))).collect();
         if !lines.is_empty() {
             parts.push(lines.join("\n"));
         }
@@ -213,6 +214,22 @@ pub fn stages(d: &DeploymentStatus) -> String {
     format!("{} {title} of {}\n{}", d.stages.len(), view::plain(&d.name), table.render("  "))
 }
 
+/// What guesses and the cache have saved since the pipeline was wired; empty when there is nothing to say.
+fn savings(d: &DeploymentStatus) -> String {
+    let Some(driver) = d.stages.last().map(|s| &s.stats) else { return String::new() };
+    let percent = |part: u64, of: u64| part as f64 / of as f64 * 100.0;
+    let mut parts = Vec::new();
+    if driver.guessed > 0 {
+        let right = percent(driver.accepted, driver.guessed);
+        parts.push(format!("{right:.0} % of {} guessed tokens were right", driver.guessed));
+    }
+    if driver.cached_tokens > 0 && driver.prompt_tokens > 0 {
+        let cached = percent(driver.cached_tokens, driver.prompt_tokens);
+        parts.push(format!("{cached:.0} % of {} prompt tokens came from the cache", driver.prompt_tokens));
+    }
+    parts.join(", ")
+}
+
 /// A health in a word.
 pub fn health(health: Health) -> &'static str {
     match health {
@@ -241,6 +258,28 @@ fn parse_ttl(text: &str) -> Result<u64, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn savings_are_told_when_there_are_any() {
+        let mut d: DeploymentStatus = serde_json::from_value(json!({
+            "id": 1, "name": "m", "model_hash": "", "architecture": "llama", "layers": 2, "epoch": 1,
+            "health": "ready", "detail": "", "coordinator": capstan_proto::NodeId([1; 32]), "ctx": 64, "slots": 1,
+            "created_unix_s": 1,
+            "stages": [{
+                "stage": 0, "node": capstan_proto::NodeId([1; 32]), "node_name": "a",
+                "layers": capstan_proto::LayerRange::new(0, 2).unwrap(), "pid": 1, "shard_bytes": 1,
+                "memory_bytes": 1, "device": "", "health": "ready",
+                "stats": capstan_proto::child::ChildStats::default(),
+            }],
+        }))
+        .unwrap();
+        assert_eq!(savings(&d), "");
+        let stats = &mut d.stages[0].stats;
+        (stats.guessed, stats.accepted, stats.prompt_tokens, stats.cached_tokens) = (40, 30, 200, 0);
+        assert_eq!(savings(&d), "75 % of 40 guessed tokens were right");
+        d.stages[0].stats.cached_tokens = 50;
+        assert!(savings(&d).ends_with("were right, 25 % of 200 prompt tokens came from the cache"));
+    }
 
     #[test]
     fn the_life_of_a_ticket_has_units_and_a_bound() {

@@ -84,14 +84,13 @@ fn node_config(config: &Config) -> Result<NodeConfig> {
     let format = format!("--log-format={}", config.log_format.value);
     let command = [exe.into_os_string(), "compute".into(), level.into(), format.into()];
     Ok(NodeConfig {
-        data_dir: config.data_dir.value.clone(),
         // Unless it was chosen, a node keeps the name it had: another node may have had the host's.
         name: (config.name.source != Source::Default).then(|| config.name.value.clone()),
         bind_addr: config.bind_addr.value,
         threads: config.threads.value.0,
         memory_limit_bytes: config.memory_limit.value.0,
         gpu_layers: config.gpu_layers.value,
-        compute_command: command.to_vec(),
+        ..NodeConfig::new(config.data_dir.value.clone(), command.to_vec())
     })
 }
 

@@ -6,6 +6,7 @@ use anyhow::Result;
 use crate::cli::{Cli, Command};
 use crate::config::{Config, Flags, Source};
 
+pub mod bench;
 pub mod cluster;
 pub mod compute;
 pub mod daemon;
@@ -57,6 +58,7 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
             Command::Load(args) => models::load(&config, &args, json).await,
             Command::Unload(args) => models::unload(&config, &args, json).await,
             Command::Run(args) => run::run(&config, &args, json).await,
+            Command::Bench(args) => bench::run(&config, &args, json).await,
             Command::Config(_) => settings::config(&config, json),
             Command::Completions(_) | Command::Compute(_) => Ok(ExitCode::SUCCESS),
         }

@@ -23,7 +23,8 @@ Examples:
   capstan load model.gguf
   capstan load model-00001-of-00008.gguf --name kimi --ctx 32768 --slots 2
   capstan load model.gguf --nodes alpha,beta,gamma
-  capstan load model.gguf --layers alpha=0..10,beta=10..30";
+  capstan load model.gguf --layers alpha=0..10,beta=10..30
+  capstan load model.gguf --nodes alpha,beta --draft small.gguf";
 
 /// Shown by `capstan unload --help`.
 pub const UNLOAD_EXAMPLES: &str = "\
@@ -41,14 +42,17 @@ pub struct LoadArgs {
     /// Nodes to use, in pipeline order [default: as many as it needs]
     #[arg(long, value_name = "A,B", value_delimiter = ',')]
     pub nodes: Vec<String>,
-    /// Layers of each node, in pipeline order, such as A=0..10,B=10..30 [default: by free memory]
+    /// Layers of each node, in pipeline order, such as A=0..10,B=10..30 [default: equal work]
     #[arg(long, value_name = "A=0..10,B=10..30", value_delimiter = ',', value_parser = parse_layers)]
     pub layers: Vec<(String, LayerRange)>,
     /// Most sequences decoded in one micro-batch; 1 makes an answer independent of what runs beside it, bit for bit
     /// [default: as many as there are slots]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub decode_batch: Option<u32>,
-    /// Size of the caches.
+    /// GGUF of a small model with the same vocabulary, which guesses tokens for the idle stages to check
+    #[arg(long, value_name = "DRAFT.gguf")]
+    pub draft: Option<std::path::PathBuf>,
+    /// Caches and scheduling.
     #[command(flatten)]
     pub model_flags: ModelFlags,
 }
@@ -70,13 +74,11 @@ pub async fn load(config: &Config, args: &LoadArgs, json: bool) -> Result<ExitCo
         }
     }
     let request = LoadRequest {
-        path: model_path(&args.model)?,
         name: args.name.clone(),
         nodes: if args.layers.is_empty() { args.nodes.clone() } else { Vec::new() },
         layers: args.layers.clone(),
-        ctx: config.ctx.value.0,
-        slots: config.slots.value.0,
         decode_batch: args.decode_batch,
+        ..request(config, &args.model, args.draft.as_deref())?
     };
     let Some(deployment) = follow(&client, &request, json).await? else {
         return Ok(ExitCode::from(INTERRUPTED));
@@ -90,6 +92,23 @@ pub async fn load(config: &Config, args: &LoadArgs, json: bool) -> Result<ExitCo
         view::print_line(format!("{name} is ready at {}; chat with it: capstan run {name}", client.openai_url()))?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// What is asked of the daemon, as far as the settings say it.
+pub fn request(config: &Config, model: &Path, draft: Option<&Path>) -> Result<LoadRequest> {
+    Ok(LoadRequest {
+        path: model_path(model)?,
+        name: None,
+        nodes: Vec::new(),
+        layers: Vec::new(),
+        ctx: config.ctx.value.0,
+        slots: config.slots.value.0,
+        decode_batch: None,
+        speculation: Some(config.speculation.value.is_on()),
+        draft: draft.map(model_path).transpose()?,
+        prefix_cache: Some(config.prefix_cache.value.is_on()),
+        decode_slowdown: Some(config.decode_slowdown.value),
+    })
 }
 
 /// Stops serving a model.

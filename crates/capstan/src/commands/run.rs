@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 use capstan_proto::limits::PROMPT_BYTES_MAX;
-use capstan_proto::manage::{ClusterStatus, Health, LoadRequest};
+use capstan_proto::manage::{ClusterStatus, Health};
 use clap::Args;
 use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
@@ -75,7 +75,10 @@ pub struct RunArgs {
     /// Show time to first token and speeds after each answer
     #[arg(long, short)]
     pub verbose: bool,
-    /// Size of the caches, should the model have to be loaded.
+    /// GGUF of a draft model, should the model have to be loaded
+    #[arg(long, value_name = "DRAFT.gguf")]
+    pub draft: Option<PathBuf>,
+    /// Caches and scheduling, should the model have to be loaded.
     #[command(flatten)]
     pub model_flags: ModelFlags,
 }
@@ -134,15 +137,7 @@ async fn ensure_loaded(client: &Client, config: &Config, args: &RunArgs) -> Resu
         let loaded = if names.is_empty() { "no model is".into() } else { format!("loaded are: {}", names.join(", ")) };
         bail!("no model named {:?} is loaded ({loaded}); name one of them, or the path of a GGUF file", args.model);
     }
-    let request = LoadRequest {
-        path: models::model_path(path)?,
-        name: None,
-        nodes: Vec::new(),
-        layers: Vec::new(),
-        ctx: config.ctx.value.0,
-        slots: config.slots.value.0,
-        decode_batch: None,
-    };
+    let request = models::request(config, path, args.draft.as_deref())?;
     // Never as JSON: standard output is the answer's alone, and whoever watches sees the bars on standard error.
     Ok(models::follow(client, &request, false).await?.map(|deployment| deployment.name))
 }

@@ -23,7 +23,8 @@ A config file (~/.config/capstan/config.toml) with every kind of value:
   name = \"alpha\"
   api_addr = \"127.0.0.1:8420\"
   memory_limit = \"96GiB\"
-  threads = 16";
+  threads = 16
+  decode_slowdown = 1.75";
 
 /// Shown by `capstan completions --help`.
 pub const COMPLETIONS_EXAMPLES: &str = "\

@@ -4,7 +4,8 @@ use capstan_gguf::Model;
 use capstan_proto::generate::{GenerateRequest, Prompt, Sampling};
 use capstan_testkit::{models, tiny};
 
-fn greedy(prompt: Prompt, max_tokens: u32) -> GenerateRequest {
+/// A request for the likeliest tokens, so many, with their logits.
+pub fn greedy(prompt: Prompt, max_tokens: u32) -> GenerateRequest {
     GenerateRequest {
         max_tokens: Some(max_tokens),
         sampling: Sampling { temperature: 0.0, ..Sampling::default() },
@@ -14,13 +15,14 @@ fn greedy(prompt: Prompt, max_tokens: u32) -> GenerateRequest {
     }
 }
 
-fn chat(text: &str) -> Prompt {
+/// A conversation of one question.
+pub fn chat(text: &str) -> Prompt {
     let messages = serde_json::json!([{ "role": "user", "content": text }]).to_string();
     Prompt::Chat { messages, tools: None, template_kwargs: None }
 }
 
 /// Cuts a model of `n` layers into `stages` windows as even as can be.
-fn even_cuts(n: u32, stages: u32) -> Vec<u32> {
+pub fn even_cuts(n: u32, stages: u32) -> Vec<u32> {
     (1..stages).map(|i| i * n / stages).collect()
 }
 

@@ -3,5 +3,8 @@ mod cluster;
 mod concurrency;
 mod daemons;
 mod exactness;
+mod leaks;
 mod openai_client;
 mod pipeline;
+mod prefix;
+mod speculation;

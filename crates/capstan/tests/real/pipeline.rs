@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 
 use capstan_compute::host::{self, ChildReceiver, ChildSender, SpawnOptions};
 use capstan_gguf::Model;
-use capstan_proto::child::{FromChild, PeerAddr, StageSpec, ToChild, Wiring};
+use capstan_proto::child::{ChildStats, FromChild, PeerAddr, Scheduling, StageSpec, ToChild, Wiring};
+use capstan_proto::data::Rollback;
 use capstan_proto::generate::{FinishReason, GenerateEvent, GenerateRequest, Usage};
 use capstan_proto::{DeploymentId, Epoch, LayerRange, RequestId};
 use tempfile::TempDir;
@@ -15,12 +16,44 @@ use tempfile::TempDir;
 pub struct Options {
     pub ctx: u32,
     pub slots: u32,
+    pub ubatch: u32,
+    /// With 1 an answer's bits depend on nothing but the request.
     pub decode_batch: u32,
+    /// Guesses under way; none is one a stage, as in a deployment.
+    pub speculation_depth: Option<u16>,
+    pub draft: Option<PathBuf>,
+    pub prefix_cache: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { ctx: 512, slots: 2, decode_batch: 2 }
+        Self {
+            ctx: 512,
+            slots: 2,
+            ubatch: 512,
+            decode_batch: 1,
+            speculation_depth: None,
+            draft: None,
+            prefix_cache: true,
+        }
+    }
+}
+
+impl Options {
+    /// The same without guesses.
+    pub fn without_guesses(&self) -> Self {
+        Self { speculation_depth: Some(0), ..self.clone() }
+    }
+
+    fn scheduling(&self, model: &Model, stages: u16) -> Scheduling {
+        let depth = self.speculation_depth.unwrap_or(stages);
+        Scheduling {
+            speculation_depth: if stages == 1 || model.rollback() == Rollback::None { 0 } else { depth },
+            draft: self.draft.clone(),
+            prefix_cache: self.prefix_cache,
+            rollback: model.rollback(),
+            ..Scheduling::default()
+        }
     }
 }
 
@@ -63,6 +96,11 @@ pub fn windows(cuts: &[u32], n_layers: u32) -> Vec<LayerRange> {
 impl Pipeline {
     /// Cuts the model, starts a process for each window, loads and wires them.
     pub async fn start(path: &Path, cuts: &[u32], options: &Options) -> Self {
+        Self::try_start(path, cuts, options).await.unwrap_or_else(|reason| panic!("loading failed: {reason}"))
+    }
+
+    /// As [`Pipeline::start`]; an error is what a stage says that cannot load.
+    pub async fn try_start(path: &Path, cuts: &[u32], options: &Options) -> Result<Self, String> {
         let model = Model::open(path).expect("the model opens");
         let ranges = windows(cuts, model.n_layers());
         let shards = tempfile::tempdir().expect("a temporary folder");
@@ -88,8 +126,9 @@ impl Pipeline {
                 io: model.window_io(*range),
                 ctx: options.ctx,
                 slots: options.slots,
-                ubatch: 512,
+                ubatch: options.ubatch,
                 decode_batch: options.decode_batch,
+                scheduling: options.scheduling(&model, ranges.len() as u16),
                 threads: Some(1),
                 gpu_layers: 0,
                 bind: IpAddr::V4(Ipv4Addr::LOCALHOST),
@@ -105,7 +144,7 @@ impl Pipeline {
             let addr = loop {
                 match receiver.recv().await {
                     Some(FromChild::Loaded { addr, .. }) => break addr,
-                    Some(FromChild::Failed { reason }) => panic!("loading failed: {reason}"),
+                    Some(FromChild::Failed { reason }) => return Err(reason),
                     Some(_) => {}
                     None => panic!("the process {}", receiver.exit_reason().await),
                 }
@@ -114,7 +153,7 @@ impl Pipeline {
         }
         let mut pipeline = Self { stages: loaded, next_request: 0, _shards: shards };
         pipeline.wire(Epoch(1)).await;
-        pipeline
+        Ok(pipeline)
     }
 
     /// Wires all stages under an epoch.
@@ -150,17 +189,42 @@ impl Pipeline {
         request
     }
 
+    /// Tells the driver to forget a request.
+    pub async fn cancel(&mut self, request: RequestId) {
+        let driver = self.stages.last().expect("a pipeline has stages");
+        driver.sender.send(ToChild::Cancel { request }).await.expect("the process listens");
+    }
+
     /// The next event of any request.
     pub async fn event(&mut self) -> (RequestId, GenerateEvent) {
-        let driver = self.stages.last_mut().expect("a pipeline has stages");
         loop {
-            match driver.receiver.recv().await {
-                Some(FromChild::Event { request, event }) => return (request, *event),
-                Some(FromChild::Lost { reason, .. }) => panic!("the epoch was lost: {reason}"),
-                Some(_) => {}
-                None => panic!("the process {}", driver.receiver.exit_reason().await),
+            if let FromChild::Event { request, event } = self.next().await {
+                return (request, *event);
             }
         }
+    }
+
+    /// The next counters of the driver; they come when they have changed.
+    pub async fn stats(&mut self) -> ChildStats {
+        loop {
+            if let FromChild::Stats(stats) = self.next().await {
+                return stats;
+            }
+        }
+    }
+
+    async fn next(&mut self) -> FromChild {
+        let driver = self.stages.last_mut().expect("a pipeline has stages");
+        match driver.receiver.recv().await {
+            Some(FromChild::Lost { reason, .. }) => panic!("the epoch was lost: {reason}"),
+            Some(message) => message,
+            None => panic!("the process {}", driver.receiver.exit_reason().await),
+        }
+    }
+
+    /// The processes, the first stage first.
+    pub fn pids(&self) -> Vec<u32> {
+        self.stages.iter().map(|s| s.sender.pid()).collect()
     }
 
     /// Answers of several requests that run at the same time, in the order given.

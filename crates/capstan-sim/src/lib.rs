@@ -1,0 +1,36 @@
+//! The scheduler in virtual time: the very engine of a driver over stages and links that take as long as they are told.
+//!
+//! Pure but for the binary's report: no clock, no sockets, no threads; a seed decides a run to the last bit. A map:
+//!
+//! | module | idea |
+//! |---|---|
+//! | [`dice`] | chance that a seed decides |
+//! | [`cost`] | what stages, links and the driver take |
+//! | [`profiles`] | the machines that scenarios run on |
+//! | [`text`] | what is said, and the answer that a request gets alone |
+//! | [`station`], [`link`] | a stage and a link with their bounded queues |
+//! | [`world`] | events in virtual time: the engine, the pipeline, the clients |
+//! | [`check`] | what must hold in every run |
+//! | [`log`] | what happened, for the figures |
+//! | [`bound`] | the best that a pipeline could do |
+//! | [`scenario`], [`figure`] | what is asked, and the table of answers |
+//! | [`workload`] | random workloads, for the checkers |
+//! | [`report`] | `target/reports/sim.json` |
+//!
+//! docs/simulation.md defines bounds and figures.
+#![forbid(unsafe_code)]
+
+pub mod bound;
+pub mod check;
+pub mod cost;
+pub mod dice;
+pub mod figure;
+pub mod link;
+pub mod log;
+pub mod profiles;
+pub mod report;
+pub mod scenario;
+pub mod station;
+pub mod text;
+pub mod workload;
+pub mod world;
