@@ -6,6 +6,7 @@ ended again.
 """
 import argparse
 import datetime
+import fcntl
 import json
 import os
 import pathlib
@@ -133,6 +134,16 @@ def plot(args):
     return True
 
 
+def alone():
+    """Refuses a second benchmark beside this one: each would measure the other. The file stays open until the end."""
+    lock = open(pathlib.Path(tempfile.gettempdir()) / "capstan-bench.lock", "w")  # noqa: SIM115
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        sys.exit("bench: another benchmark runs on this machine; wait until it is done")
+    return lock
+
+
 def interrupt(signum, _frame):
     raise Interrupted(signal.Signals(signum).name)
 
@@ -147,7 +158,7 @@ def arguments():
     parser.add_argument("--rounds", type=int, default=3, help="each scenario is run so often on both sides")
     parser.add_argument("--quick", action="store_true", help="one round of fewer tokens, to see that it works")
     parser.add_argument("--only", action="append", choices=KINDS, help="measure these kinds of figures only")
-    parser.add_argument("--layers", help="who holds what, as `capstan load --layers` takes it (default: its own choice)")
+    parser.add_argument("--layers", help="who holds what, as `capstan load` takes it (default: its own choice)")
     parser.add_argument("--unified", action="store_true", help="the peer keeps one KV cache for all sequences")
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of the prompts")
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "target/reports")
@@ -167,6 +178,7 @@ def arguments():
 
 def main():
     args = arguments()
+    lock = alone()
     endings = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
     for each in endings:
         signal.signal(each, interrupt)
@@ -197,6 +209,7 @@ def main():
         print(report.markdown(benchmark.report))
         code = 0 if plot(args) and not leftovers else 1
         say(f"bench: the report is in {args.out}: bench.json, bench.md, bench.svg, bench.png")
+    lock.close()
     sys.exit(code)
 
 

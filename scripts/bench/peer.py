@@ -118,7 +118,8 @@ class Tokenizer:
     """The model's own vocabulary, asked once before anything is measured."""
 
     def __init__(self, binary, model, cores, folder):
-        self.talker = Talker("tokenizer", [binary, "vocab", "--model", model], cores, pathlib.Path(folder) / "vocab.log")
+        line = [binary, "vocab", "--model", model]
+        self.talker = Talker("tokenizer", line, cores, pathlib.Path(folder) / "vocab.log")
         self.n_tokens = self.talker.read()["n_tokens"]
 
     def tokens(self, text):

@@ -13,7 +13,7 @@ def draw(report, folder):
     import matplotlib
 
     matplotlib.use("Agg")
-    # The same figures give the same file, and text stays text.
+    # Text stays text, and ids do not change from run to run.
     matplotlib.rcParams.update({"svg.hashsalt": "capstan", "svg.fonttype": "none", "font.size": 9})
     from matplotlib import pyplot
 
@@ -22,10 +22,12 @@ def draw(report, folder):
     for (name, model), (left, right) in zip(models.items(), axes):
         draw_decode(left, name, model["raw"])
         draw_ratios(right, name, model["ratios"])
-    figure.suptitle(f"Capstan and llama.cpp RPC, two nodes × one core\n{report['machine']}, {report['date']}", fontsize=10)
+    title = f"Capstan and llama.cpp RPC, two nodes × one core\n{report['machine']}, {report['date']}"
+    figure.suptitle(title, fontsize=10)
     figure.tight_layout()
-    for kind in ("svg", "png"):
-        figure.savefig(pathlib.Path(folder) / f"bench.{kind}", dpi=150, metadata={"Date": None} if kind == "svg" else None)
+    # Without the time of drawing, so that the same figures give the same file.
+    figure.savefig(pathlib.Path(folder) / "bench.svg", metadata={"Date": None})
+    figure.savefig(pathlib.Path(folder) / "bench.png", dpi=150)
     pyplot.close(figure)
 
 

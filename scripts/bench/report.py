@@ -140,13 +140,7 @@ def footnotes(report):
     lines = []
     for name, model in report["models"].items():
         raw = model["raw"]
-        others = [
-            f"{metric.split('_')[1]} tokens with ubatch {metric.split('_')[3]}: {number(middle(raw, metric, 'rpc'))}"
-            for metric in sorted(raw, key=lambda m: [int(p) for p in m.split("_") if p.isdigit()])
-            if "_ubatch_" in metric
-        ]
-        if others:
-            lines.append(f"{name}, RPC's prefill with other ubatches (tok/s): {'; '.join(others)}.")
+        lines += ubatch_footnotes(name, raw)
         cached = middle(raw, "ready_worker_cache", "rpc")
         if cached:
             lines.append(f"{name}, RPC with the workers' disk cache (off by default): ready in {number(cached)} ms.")
@@ -165,6 +159,23 @@ def footnotes(report):
     return lines
 
 
+def ubatch_footnotes(name, raw):
+    """The peer's prefill with other ubatches than the table's, and what the ratio is against the fastest of all."""
+    lines = []
+    for length in (512, 2048):
+        metric = f"prefill_{length}"
+        others = {m.rpartition("_")[2]: middle(raw, m, "rpc") for m in raw if m.startswith(f"{metric}_ubatch_")}
+        usual, ours = (middle(raw, metric, side) for side in SIDES)
+        if others and usual and ours:
+            told = ", ".join(f"{number(rate)} with {ubatch}" for ubatch, rate in others.items())
+            best = ours / max(usual, *others.values())
+            lines.append(
+                f"{name}, RPC's prefill of {length} tokens with other ubatches (tok/s): {told}; against the fastest of "
+                f"all Capstan's ratio is {best:.2f}."
+            )
+    return lines
+
+
 def edit_footnote(name, edits):
     texts = {side: {e["round"]: e["text"] for e in edits if e["side"] == side} for side in SIDES}
     rounds = texts["rpc"].keys() & texts["capstan"].keys()
@@ -180,6 +191,7 @@ def edit_footnote(name, edits):
 
 
 def markdown(report):
-    head = f"{report['date']}, {report['machine']}; `{report['command']}`, {report['rounds']} rounds."
+    rounds = "1 round" if report["rounds"] == 1 else f"{report['rounds']} rounds"
+    head = f"{report['date']}, {report['machine']}; `{report['command']}`, {rounds}."
     notes = "\n".join(f"- {line}" for line in footnotes(report))
     return f"{head}\n\n{table(report)}\n\n{notes}\n"

@@ -253,7 +253,8 @@ impl Driver {
                 self.engine.handle_guess(&wanted, token);
                 true
             }
-            Ok(Progress::More) => true,
+            // A long text is read in pieces, between what waits.
+            Ok(Progress::More) => idle,
             Ok(Progress::TooLong) => false,
             Err(error) => {
                 tracing::warn!(%error, "the draft model failed and is not used any more");

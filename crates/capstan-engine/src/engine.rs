@@ -54,6 +54,8 @@ pub struct Engine {
     spares: Vec<u32>,
     /// Decode micro-batches that went out since the last chunk.
     decodes_since_chunk: u32,
+    /// Chunks that went out since the last decode micro-batch.
+    chunks_since_decode: u32,
     /// What prefill was given beside decode when the last chunk was sent; none before the first one.
     share: Option<Share>,
     /// The size of chunk that was tried last to see what it costs.
@@ -82,6 +84,7 @@ impl Engine {
             drops: Vec::new(),
             spares: (config.slots..config.slots + config.spares).rev().collect(),
             decodes_since_chunk: 0,
+            chunks_since_decode: 0,
             share: None,
             exploring: None,
             decodes_since_deal: 0,
@@ -375,14 +378,14 @@ impl Engine {
             return chunks <= self.cost.stages();
         }
         // Before the first chunk nothing was reckoned, and on a fixed grid nothing can be: then they take turns.
-        let share = self.share.unwrap_or(Share { chunks: groups as u32, rows: 1, every: 1 });
+        let share = self.share.unwrap_or(Share { chunks: groups as u32, rows: 1, burst: 1, every: 1 });
         chunks < share.chunks as usize
             && self.decodes_since_chunk >= (share.every - 1) * groups as u32
-            && (self.decodes_since_chunk > 0 || self.ready_group().is_none())
+            && (self.decodes_since_chunk > 0 || self.chunks_since_decode < share.burst && self.ready_group().is_none())
     }
 
     fn send_chunk(&mut self, slot: u32) -> Option<PlannedBatch> {
-        let EngineConfig { chunk, decode_slowdown_percent, fixed_shapes, in_flight_max, .. } = self.config;
+        let EngineConfig { stages, chunk, decode_slowdown_percent, fixed_shapes, in_flight_max, .. } = self.config;
         let (sizes, depth, cost) = (self.dealer.sizes(), self.depth(), &self.cost);
         let sequence = self.slots.get_mut(slot)?;
         let (start, left) = (sequence.kv_rows, sequence.prompt_left());
@@ -395,9 +398,10 @@ impl Engine {
             self.share = Some(share);
             share.rows
         } else {
-            // Larger sizes than any so far are tried once each, where there is enough of a prompt for it.
-            match cost.unexplored().filter(|rows| *rows <= chunk && *rows <= left / 2 && self.exploring != Some(*rows))
-            {
+            // Larger sizes than any so far are tried once each, where the prompt is long enough to fill all stages with
+            // them.
+            let most = chunk.min(left / u32::from(stages.max(2)));
+            match cost.unexplored().filter(|rows| *rows <= most && self.exploring != Some(*rows)) {
                 Some(rows) => {
                     self.exploring = Some(rows);
                     rows
@@ -413,12 +417,14 @@ impl Engine {
         };
         let (rows, tokens, last) = sequence.take_chunk(slot, count, chunk);
         self.decodes_since_chunk = 0;
+        self.chunks_since_decode = self.chunks_since_decode.saturating_add(1);
         let work = Work::prefill(rows.len() as u32, start);
         Some(self.plan(BatchKind::Prefill, vec![slot], u32::from(last), work, rows, tokens))
     }
 
     fn send_group(&mut self, group: Vec<u32>) -> Option<PlannedBatch> {
         self.decodes_since_chunk = self.decodes_since_chunk.saturating_add(1);
+        self.chunks_since_decode = 0;
         self.decodes_since_deal += 1;
         let taken = group.iter().filter_map(|&slot| self.slots.get_mut(slot)?.take_token(slot));
         let (rows, tokens): (Vec<Row>, Vec<i32>) = taken.unzip();
@@ -432,6 +438,20 @@ impl Engine {
             && self.flight.len() <= self.cost.stages()
             && sequence.may_guess(self.config.speculation_depth, self.config.ctx)
             && (self.config.rollback == Rollback::Trim || !self.spares.is_empty())
+            && self.stages_rest()
+    }
+
+    /// Whether stages rest in every step of the sequences that decode for as long as one more guess takes. What a lone
+    /// sequence loses by a wrong guess is weighed by itself; here it would be others who lose.
+    fn stages_rest(&self) -> bool {
+        let sizes = self.dealer.sizes();
+        if sizes.len() < 2 {
+            return true;
+        }
+        let depth = self.depth();
+        let guesses =
+            (self.flight.count(BatchKind::Guess) + 1) as f64 * self.cost.slowest_us(Work::decode(1, u64::from(depth)));
+        schedule::busiest_us(&self.cost, &sizes, depth) + guesses <= schedule::step_us(&self.cost, &sizes, depth)
     }
 
     /// One guess of the sequence that has the fewest under way. Sequences that share a micro-batch have none: batching

@@ -51,11 +51,13 @@ pub fn prefill_us(cost: &CostModel, rows: u32, start: u32, chunk: u32) -> f64 {
 /// Either a stage is never idle, and then the slowest one's time for all groups counts, or a group is never held up,
 /// and then its way through all stages does. Sequences are reckoned as equally long, `depth` tokens.
 pub fn step_us(cost: &CostModel, groups: &[usize], depth: u32) -> f64 {
-    let work = |n: &usize| group_work(*n, depth);
-    let busiest = (0..cost.stages())
-        .map(|s| groups.iter().map(|n| cost.stage_us(s, work(n)) + MICRO_BATCH_US).sum::<f64>())
-        .fold(0.0, f64::max);
-    groups.iter().map(|n| cost.through_us(work(n))).fold(busiest, f64::max)
+    groups.iter().map(|n| cost.through_us(group_work(*n, depth))).fold(busiest_us(cost, groups, depth), f64::max)
+}
+
+/// How long the busiest stage computes in one step of all groups, in microseconds.
+pub fn busiest_us(cost: &CostModel, groups: &[usize], depth: u32) -> f64 {
+    let stage = |s| groups.iter().map(|n| cost.stage_us(s, group_work(*n, depth)) + MICRO_BATCH_US).sum::<f64>();
+    (0..cost.stages()).map(stage).fold(0.0, f64::max)
 }
 
 fn group_work(sequences: usize, depth: u32) -> Work {
@@ -115,6 +117,8 @@ pub struct Share {
     pub chunks: u32,
     /// Rows of each.
     pub rows: u32,
+    /// Chunks that may be sent one after the other with no group between them: the next group waits behind them all.
+    pub burst: u32,
     /// One chunk is sent in so many decode steps at most; 1 where every step may have them.
     pub every: u32,
 }
@@ -161,11 +165,18 @@ pub fn share(
         })
         .max_by_key(|(chunks, rows)| (chunks * rows, *rows));
     match best {
-        Some((chunks, rows)) => Share { chunks, rows, every: 1 },
+        Some((chunks, rows)) => {
+            // As many as the first stage is through with when the group that was sent before them is back; and each of
+            // the groups has such a burst before it.
+            let through = groups.iter().map(|n| cost.through_us(group_work(*n, depth))).fold(0.0, f64::max);
+            let all = cost.slowest_us(Work::prefill(rows, start)) * groups.len() as f64;
+            let burst = (through / all.max(1.0)) as u32;
+            Share { chunks, rows, burst: burst.clamp(1, chunks), every: 1 }
+        }
         None => {
             // So seldom that the mean of all steps keeps to what is allowed.
             let (over, room) = (round(1, 1) - alone, (allowed - alone).max(alone / 100.0));
-            Share { chunks: 1, rows: 1, every: ((over / room).ceil() as u32).clamp(2, EVERY_MAX) }
+            Share { chunks: 1, rows: 1, burst: 1, every: ((over / room).ceil() as u32).clamp(2, EVERY_MAX) }
         }
     }
 }
@@ -239,7 +250,7 @@ mod tests {
         let cost = linear(&[(1000.0, 1000.0), (1000.0, 1000.0)]);
         let share = |groups: &[usize], percent, max| share(&cost, Decoding { groups, depth: 0 }, 0, percent, max, 4);
         // Alone a step takes two stages' time, 4 ms: 7 ms are allowed, in which a chunk passes both stages before it.
-        assert_eq!(share(&[1], 175, 512), Share { chunks: 2, rows: 1, every: 1 });
+        assert_eq!(share(&[1], 175, 512), Share { chunks: 2, rows: 1, burst: 2, every: 1 });
         let several = share(&[8, 8], 175, 512);
         assert!(several.chunks * several.rows >= 8 && several.every == 1, "{several:?}");
         assert!(share(&[1, 1], 100, 512).every > 1);

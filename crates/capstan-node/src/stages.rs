@@ -492,3 +492,16 @@ impl Drop for Registered<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stages_of_one_node_share_its_cores() {
+        assert_eq!((threads(None, 1), threads(Some(8), 1), threads(Some(8), 0)), (None, Some(8), Some(8)));
+        assert_eq!((threads(Some(8), 3), threads(Some(2), 5)), (Some(2), Some(1)));
+        let cores = std::thread::available_parallelism().unwrap().get() as u32;
+        assert_eq!(threads(None, 2), Some((cores / 2).max(1)));
+    }
+}

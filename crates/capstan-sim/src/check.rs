@@ -17,6 +17,8 @@ const TOKENS_AHEAD_MAX: u32 = 4;
 /// Rounds of everybody, one sequence a micro-batch and the largest chunks between them, after which a ready sequence
 /// must have had its turn.
 const ROUNDS_MAX: u64 = 3;
+/// Rounds of everybody, one sequence a micro-batch, after which a row of a prompt that waits must have gone along.
+const ROUNDS_BESIDE_MAX: u32 = 17;
 
 /// The books on one request that has a slot.
 #[derive(Clone, Debug)]
@@ -204,7 +206,7 @@ impl Checker {
         }
         let waits = self.lives.values().any(Life::prefills);
         self.decodes_in_a_row = if waits { self.decodes_in_a_row + 1 } else { 0 };
-        let most = 2 * self.config.slots + u32::from(self.config.in_flight_max);
+        let most = ROUNDS_BESIDE_MAX * self.config.slots + u32::from(self.config.in_flight_max);
         if self.decodes_in_a_row > most {
             return Err(format!("{} decode micro-batches went by while a prompt waited", self.decodes_in_a_row));
         }
