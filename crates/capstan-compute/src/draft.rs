@@ -112,3 +112,72 @@ fn difference(draft: &Vocab, target: &Vocab) -> Option<String> {
             .then(|| format!("token {token} ends an answer in one of them only"))
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use capstan_proto::child::WindowIo;
+    use capstan_proto::{DeploymentId, LayerRange};
+    use capstan_testkit::models::smollm2;
+    use std::net::{IpAddr, Ipv4Addr};
+
+    fn spec() -> StageSpec {
+        StageSpec {
+            deployment: DeploymentId(1),
+            model_name: "target".into(),
+            shard: smollm2(),
+            layers: LayerRange::new(15, 30).unwrap(),
+            stage: 1,
+            stages: 2,
+            io: WindowIo { capture: None, hidden_width: 576, embedding_scale: 1.0 },
+            ctx: 256,
+            slots: 1,
+            ubatch: 64,
+            decode_batch: 1,
+            scheduling: Default::default(),
+            threads: Some(1),
+            gpu_layers: 0,
+            bind: IpAddr::V4(Ipv4Addr::LOCALHOST),
+        }
+    }
+
+    /// The guess for a text, and how many pieces of work it took.
+    fn guess(draft: &mut Draft, text: &[i32]) -> (i32, usize) {
+        for pieces in 1.. {
+            match draft.advance(text).unwrap() {
+                Progress::Guess(token) => return (token, pieces),
+                Progress::More => {}
+                Progress::TooLong => panic!("a text of {} tokens is too long", text.len()),
+            }
+        }
+        unreachable!("every piece goes on")
+    }
+
+    #[test]
+    fn it_follows_a_text_in_pieces_and_wherever_it_turns() {
+        let target = Model::load(&smollm2(), ModelOptions::default()).unwrap().vocab();
+        let mut draft = Draft::load(&smollm2(), &target, &spec()).unwrap();
+        let mut text = target.tokenize(&"The lamp is lit at dusk. ".repeat(12), true, false).unwrap();
+        let pieces = text.len().div_ceil(ROWS_MAX as usize);
+        assert!(pieces > 2, "{}", text.len());
+        assert_eq!(guess(&mut draft, &text).1, pieces);
+        // Its own guesses cost a row each.
+        for _ in 0..6 {
+            let (token, pieces) = guess(&mut draft, &text);
+            assert_eq!(pieces, 1);
+            text.push(token);
+        }
+        let sentence = target.tokenize("The lamp is lit at dusk. The lamp is", true, false).unwrap();
+        let lit = target.tokenize(" lit", false, false).unwrap();
+        assert_eq!(guess(&mut draft, &sentence).0, lit[0]);
+        // The text turned out otherwise: what is left of it is as if it had never been guessed.
+        text.truncate(text.len() - 4);
+        text.push(lit[0]);
+        guess(&mut draft, &text);
+        let again = guess(&mut draft, &text).0;
+        let mut fresh = Draft::load(&smollm2(), &target, &spec()).unwrap();
+        assert_eq!(guess(&mut fresh, &text).0, again);
+        assert_eq!(draft.advance(&[1; 257]).unwrap(), Progress::TooLong);
+        assert_eq!(draft.advance(&[]).unwrap(), Progress::TooLong);
+    }
+}

@@ -11,7 +11,8 @@ const NEW_SHARE: f64 = 0.25;
 /// Sizes above this are noted only where they are multiples of [`ROWS_STEP`], as chunks are but for a prompt's last.
 const EXACT_ROWS_MAX: u32 = 16;
 const ROWS_STEP: u32 = 8;
-/// Cells beyond the shallowest observation from which one tells what a cell costs, and those that make it count fully.
+/// Cells a row beyond the shallowest observation from which one tells what a cell costs, and those that make it count
+/// fully.
 const DEPTH_MIN: f64 = 256.0;
 const DEPTH_FULL: f64 = 1024.0;
 /// Twice the rows must cost less than this share of twice the time to make still larger sizes worth a try.
@@ -53,44 +54,56 @@ impl Work {
 struct Point {
     us: f64,
     cells: f64,
-    /// The observation with the fewest cells, against which deeper ones tell what a cell costs.
-    shallow: (f64, f64),
+    /// Time and cells of the observation with the fewest cells, against which deeper ones tell what a cell costs. Those
+    /// of the measurement at the start do not count: nothing else ran beside them.
+    shallow: Option<(f64, f64)>,
 }
 
 /// Time over rows, and what attention adds.
 #[derive(Clone, Debug, Default, PartialEq)]
 struct Curve {
     points: BTreeMap<u32, Point>,
-    cell_us: f64,
+    slope_us: f64,
 }
 
 impl Curve {
-    fn observe(&mut self, work: Work, us: f64) {
+    fn observe(&mut self, work: Work, us: f64, measured: bool) {
         if work.rows > EXACT_ROWS_MAX && !work.rows.is_multiple_of(ROWS_STEP) {
             return;
         }
         let cells = work.cells as f64;
-        let known = self.points.entry(work.rows).or_insert(Point { us, cells, shallow: (us, cells) });
+        let known = self.points.entry(work.rows).or_insert(Point { us, cells, shallow: None });
         known.us += (us - known.us) * NEW_SHARE;
         known.cells += (cells - known.cells) * NEW_SHARE;
-        let deeper = cells - known.shallow.1;
-        if deeper <= 0.0 {
-            let share = if deeper < 0.0 { 1.0 } else { NEW_SHARE };
-            known.shallow.0 += (us - known.shallow.0) * share;
-            known.shallow.1 = cells;
-        }
-        if deeper < DEPTH_MIN {
+        if measured {
             return;
         }
-        // The farther apart, the less noise there is in the slope.
-        let slope = ((us - known.shallow.0) / deeper).max(0.0);
-        self.cell_us += (slope - self.cell_us) * (NEW_SHARE * deeper / (deeper + DEPTH_FULL));
+        let (shallow_us, shallow_cells) = known.shallow.get_or_insert((us, cells));
+        let deeper = cells - *shallow_cells;
+        if deeper <= 0.0 {
+            let share = if deeper < 0.0 { 1.0 } else { NEW_SHARE };
+            *shallow_us += (us - *shallow_us) * share;
+            *shallow_cells = cells;
+        }
+        let deeper_a_row = deeper / f64::from(work.rows);
+        if deeper_a_row < DEPTH_MIN {
+            return;
+        }
+        // The farther apart, the less noise there is in the slope. Noise may make it negative for a while; if that were
+        // left out, noise alone would add up to a slope.
+        let slope = (us - *shallow_us) / deeper;
+        self.slope_us += (slope - self.slope_us) * (NEW_SHARE * deeper_a_row / (deeper_a_row + DEPTH_FULL));
+    }
+
+    /// What attention takes for one cell.
+    fn cell_us(&self) -> f64 {
+        self.slope_us.max(0.0)
     }
 
     /// Time without attention, by the straight line between what is known of fewer and of more rows.
     fn base_us(&self, rows: u32) -> Option<f64> {
         // A slope that is a little too large must not make a micro-batch cost nothing.
-        let base = |(n, p): (&u32, &Point)| (f64::from(*n), (p.us - p.cells * self.cell_us).max(p.us / 8.0));
+        let base = |(n, p): (&u32, &Point)| (f64::from(*n), (p.us - p.cells * self.cell_us()).max(p.us / 8.0));
         let below = self.points.range(..=rows).next_back().map(base);
         let above = self.points.range(rows..).next().map(base);
         let n = f64::from(rows);
@@ -115,7 +128,7 @@ impl Curve {
     }
 
     fn us(&self, work: Work) -> Option<f64> {
-        Some(self.base_us(work.rows)? + work.cells as f64 * self.cell_us)
+        Some(self.base_us(work.rows)? + work.cells as f64 * self.cell_us())
     }
 
     /// The largest power of two that is known, if a row was cheaper in it than in half as many: then still larger sizes
@@ -163,9 +176,18 @@ impl CostModel {
     /// computed nothing of it says 0. `round_trip_us` is the whole way from the driver to the driver, if nothing else
     /// was under way; it counts for single rows, which links carry in no time.
     pub fn observe(&mut self, work: Work, stage_us: &[u32], round_trip_us: Option<u32>) {
+        self.take_in(work, stage_us, round_trip_us, false);
+    }
+
+    /// As [`CostModel::observe`], of a micro-batch that was sent only to be measured.
+    pub fn measure(&mut self, work: Work, stage_us: &[u32], round_trip_us: u32) {
+        self.take_in(work, stage_us, Some(round_trip_us), true);
+    }
+
+    fn take_in(&mut self, work: Work, stage_us: &[u32], round_trip_us: Option<u32>, measured: bool) {
         for (stage, us) in self.stages.iter_mut().zip(stage_us).filter(|(_, us)| **us > 0) {
             let curve = if work.decode { &mut stage.decode } else { &mut stage.prefill };
-            curve.observe(work, f64::from(*us));
+            curve.observe(work, f64::from(*us), measured);
         }
         let computed: u64 = stage_us.iter().map(|us| u64::from(*us)).sum();
         if let Some(all) = round_trip_us

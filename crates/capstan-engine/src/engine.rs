@@ -177,9 +177,10 @@ impl Engine {
         let Some(sent) = self.flight.get(step).filter(|_| stage_us.len() == self.cost.stages()) else { return };
         if sent.kind == BatchKind::Measure {
             let us = stage_us.iter().map(|us| u64::from(*us)).sum();
-            if !self.measure.learn(sent.work, us) {
-                return;
+            if self.measure.learn(sent.work, us) {
+                self.cost.measure(sent.work, stage_us, round_trip_us);
             }
+            return;
         }
         self.cost.observe(sent.work, stage_us, sent.alone.then_some(round_trip_us));
     }

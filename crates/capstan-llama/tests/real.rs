@@ -145,6 +145,7 @@ fn context_options_are_checked() {
     for options in [
         ContextOptions { slots: 0, ..small(1) },
         ContextOptions { slots: 257, ..small(1) },
+        ContextOptions { spares: 256, ..small(1) },
         ContextOptions { ubatch: 0, ..small(1) },
         ContextOptions { ctx_per_slot: 0, ..small(1) },
         ContextOptions { ctx_per_slot: u32::MAX, ..small(1) },

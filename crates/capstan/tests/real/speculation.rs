@@ -112,19 +112,16 @@ async fn a_draft_model_guesses_and_changes_nothing() {
     let drafting = Options { draft: Some(path.clone()), ..options() };
     let with = answers(&mut Pipeline::start(&path, &cuts, &drafting).await).await;
     let usages = requests().into_iter().zip(with.iter().map(|a| a.usage));
-    for ((name, _), usage) in usages.clone() {
+    for ((name, _), usage) in usages {
         println!("{name}: {} of {} guesses of a draft model", usage.accepted_tokens, usage.drafted_tokens);
     }
     for ((name, _), (without, with)) in requests().iter().zip(without.iter().zip(&with)) {
         assert_same_bits(without, with, &format!("{name}, with a draft model"));
     }
-    for ((name, request), usage) in usages {
-        // It is the same model, so it knows; but only what is likeliest.
-        if request.sampling.temperature == 0.0 {
-            let share = f64::from(usage.accepted_tokens) / f64::from(usage.drafted_tokens);
-            assert!(usage.drafted_tokens > 20 && share > 0.9, "{name}: {usage:?}");
-        }
-    }
+    // It is the same model, so it knows; n-grams guess too, and what stands behind a wrong guess is wrong.
+    let of_fresh_text = with[1].usage;
+    let share = f64::from(of_fresh_text.accepted_tokens) / f64::from(of_fresh_text.drafted_tokens);
+    assert!(of_fresh_text.accepted_tokens > 40 && share > 0.6, "{of_fresh_text:?}");
 }
 
 #[tokio::test]
