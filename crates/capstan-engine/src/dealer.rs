@@ -1,7 +1,6 @@
 //! Which sequences decode together: groups that stay together while nobody joins or leaves.
 //!
-//! A group is sent when all its members have their tokens. Members that change groups wait for their new one once; so
-//! groups are left as they are as far as the wanted sizes allow.
+//! A group is sent when all its members have their tokens. Members that change groups wait for their new one once.
 
 /// The groups of sequences that decode, by slot.
 #[derive(Debug, Default)]
@@ -53,31 +52,21 @@ impl Dealer {
         self.changed
     }
 
-    /// Deals everybody into groups of these sizes, largest first, whose sum is [`Dealer::len`]. Those that must move
-    /// go where the fewest tokens are: attention takes time with every token of a sequence, which `depth` tells.
-    pub fn deal(&mut self, sizes: &[usize], depth: impl Fn(u32) -> u32) {
+    /// Deals everybody into groups of these sizes, largest first, whose sum is [`Dealer::len`]. Neighbouring slots go
+    /// together: llama.cpp computes rows of slots that are not neighbours one after the other (their KV lies in separate
+    /// streams), and nothing is gained by sending them together then.
+    pub fn deal(&mut self, sizes: &[usize]) {
         debug_assert_eq!(sizes.iter().sum::<usize>(), self.len());
-        let mut groups = std::mem::take(&mut self.groups);
-        groups.sort_by_key(|g| std::cmp::Reverse(g.len()));
-        let mut moving = std::mem::take(&mut self.new);
-        groups.resize_with(groups.len().max(sizes.len()), Vec::new);
-        for (i, group) in groups.iter_mut().enumerate() {
-            moving.extend(group.split_off(group.len().min(sizes.get(i).copied().unwrap_or(0))));
+        let mut slots = std::mem::take(&mut self.new);
+        slots.extend(self.groups.drain(..).flatten());
+        slots.sort_unstable();
+        let mut rest = &slots[..];
+        for size in sizes {
+            let (group, others) = rest.split_at((*size).min(rest.len()));
+            self.groups.push(group.to_vec());
+            rest = others;
         }
-        groups.truncate(sizes.len());
-        // The longest first: what is left to even out is then small.
-        moving.sort_by_key(|slot| std::cmp::Reverse(depth(*slot)));
-        for slot in moving {
-            let open = groups.iter_mut().zip(sizes).filter(|(g, size)| g.len() < **size).map(|(g, _)| g);
-            let total = |g: &Vec<u32>| g.iter().map(|s| u64::from(depth(*s))).sum::<u64>();
-            match open.min_by_key(|g| total(g)) {
-                Some(group) => group.push(slot),
-                None => groups.push(vec![slot]),
-            }
-        }
-        groups.iter_mut().for_each(|g| g.sort_unstable());
-        groups.retain(|g| !g.is_empty());
-        self.groups = groups;
+        self.groups.retain(|g| !g.is_empty());
         self.changed = false;
     }
 }
@@ -87,28 +76,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn groups_stay_together_where_they_can() {
+    fn neighbours_decode_together() {
         let mut d = Dealer::default();
-        (0..4).for_each(|s| d.join(s));
+        [3, 0, 2, 1].into_iter().for_each(|s| d.join(s));
         assert!(d.changed());
-        d.deal(&[2, 2], |_| 1);
-        let before = d.groups().to_vec();
+        d.deal(&[2, 2]);
+        assert_eq!(d.groups(), [vec![0, 1], vec![2, 3]]);
         d.join(9);
-        d.deal(&[3, 2], |_| 1);
-        assert_eq!(d.len(), 5);
-        assert!(before.iter().all(|g| d.groups().iter().any(|n| g.iter().all(|s| n.contains(s)))), "{:?}", d.groups());
+        d.deal(&[3, 2]);
+        assert_eq!((d.len(), d.groups()), (5, &[vec![0, 1, 2], vec![3, 9]][..]));
         d.leave(9);
         d.leave(77);
         assert!(d.changed());
-        d.deal(&[4], |_| 1);
+        d.deal(&[4]);
         assert_eq!(d.groups(), [vec![0, 1, 2, 3]]);
-    }
-
-    #[test]
-    fn long_sequences_are_spread() {
-        let mut d = Dealer::default();
-        (0..4).for_each(|s| d.join(s));
-        d.deal(&[2, 2], |s| if s < 2 { 1000 } else { 10 });
-        assert!(d.groups().iter().all(|g| g.iter().filter(|s| **s < 2).count() == 1), "{:?}", d.groups());
     }
 }

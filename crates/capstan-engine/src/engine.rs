@@ -349,8 +349,7 @@ impl Engine {
         let group_max = self.config.decode_batch.min(self.config.chunk) as usize;
         let sizes = schedule::deal(&self.cost, self.dealer.len(), self.depth(), groups_max, group_max);
         if self.dealer.changed() || sizes != self.dealer.sizes() {
-            let slots = &self.slots;
-            self.dealer.deal(&sizes, |slot| slots.get(slot).map_or(0, |s| s.kv_rows));
+            self.dealer.deal(&sizes);
         }
     }
 

@@ -5,8 +5,9 @@ use capstan_proto::generate::{GenerateRequest, Prompt, Sampling};
 use capstan_testkit::models;
 
 /// Rounding depends on a micro-batch's shape, which depends on the stages' speed, so where two logits are closer than
-/// this either may win. 0.06 was seen.
-const NEAR_TIE: f32 = 0.15;
+/// this either may win. llama.cpp alone, unsplit, moves logits of these prompts by up to 0.8 when they are computed in
+/// chunks of 48 rows instead of 512.
+const NEAR_TIE: f32 = 0.8;
 
 fn requests() -> Vec<GenerateRequest> {
     let topics = ["the sea", "a clock", "winter", "bread", "a small robot", "two rivers", "paper", "the moon"];
