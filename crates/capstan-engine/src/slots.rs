@@ -10,6 +10,8 @@ struct Slot {
     /// What the caches hold while no sequence is here.
     left: Vec<i32>,
     left_grid_rows: u32,
+    /// When its last sequence came, not when it left: so slots are given away in turns, and sequences that run at the
+    /// same time are neighbours, which is what groups want.
     last_used: u64,
 }
 
@@ -63,7 +65,6 @@ impl Slots {
 
     /// Takes a slot back, with what its sequence leaves in the caches if `keep`. Nothing of it may be under way.
     pub fn release(&mut self, slot: u32, keep: bool) -> Option<Sequence> {
-        self.clock += 1;
         let place = self.slots.get_mut(slot as usize)?;
         let mut sequence = place.sequence.take()?;
         debug_assert_eq!(sequence.in_flight, 0, "slot {slot} is still in use");
@@ -72,7 +73,6 @@ impl Slots {
             place.left = std::mem::take(&mut sequence.tokens);
             place.left_grid_rows = sequence.grid_rows;
         }
-        place.last_used = self.clock;
         Some(sequence)
     }
 
