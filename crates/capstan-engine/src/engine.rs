@@ -82,7 +82,7 @@ impl Engine {
             started: VecDeque::new(),
             ops: Vec::new(),
             drops: Vec::new(),
-            spares: (config.slots..config.slots + config.spares).rev().collect(),
+            spares: spares(&config),
             decodes_since_chunk: 0,
             chunks_since_decode: 0,
             share: None,
@@ -222,7 +222,7 @@ impl Engine {
         self.started.clear();
         self.ops.clear();
         self.drops.clear();
-        self.spares = (self.config.slots..self.config.slots + self.config.spares).rev().collect();
+        self.spares = spares(&self.config);
         self.share = None;
         self.debug_check();
         lost.into_iter().map(|(_, id)| id).collect()
@@ -570,4 +570,9 @@ impl Engine {
     fn debug_check(&self) {
         debug_assert_eq!(self.check_invariants(), Ok(()));
     }
+}
+
+/// All sequences beyond the slots, the lowest to be taken first.
+fn spares(config: &EngineConfig) -> Vec<u32> {
+    (config.slots..config.slots + config.spares).rev().collect()
 }

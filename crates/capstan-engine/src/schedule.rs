@@ -24,12 +24,16 @@ pub fn chunk_rows(cost: &CostModel, rows: u32, start: u32, chunk_max: u32) -> u3
     let whole = rows.clamp(1, chunk_max.max(1));
     let stages = cost.stages() as u32;
     let parts = (1..=stages * 4).map(|n| rows.div_ceil(n).next_multiple_of(CHUNK_STEP));
-    let sizes = (0..12).flat_map(|i| [CHUNK_STEP << i, (CHUNK_STEP << i) / 2 * 3]);
-    let candidates = parts.chain(sizes).filter(|c| *c < whole).chain([whole]);
+    let candidates = parts.chain(round_sizes()).filter(|c| *c < whole).chain([whole]);
     let us = |chunk| prefill_us(cost, rows, start, chunk);
     // Of equally good ones the largest: it has the fewest frames.
     let best = candidates.min_by(|a, b| us(*a).total_cmp(&us(*b)).then_with(|| b.cmp(a)));
     best.unwrap_or(whole)
+}
+
+/// Sizes of chunks worth a look: doublings and those halfway between, up to the most rows a micro-batch may have.
+fn round_sizes() -> impl Iterator<Item = u32> {
+    (0..10).flat_map(|i| [CHUNK_STEP << i, (CHUNK_STEP << i) / 2 * 3])
 }
 
 /// Time until the last of `rows` rows from position `start` on, sent in chunks of `chunk`, has left the last stage, in
@@ -51,7 +55,12 @@ pub fn prefill_us(cost: &CostModel, rows: u32, start: u32, chunk: u32) -> f64 {
 /// Either a stage is never idle, and then the slowest one's time for all groups counts, or a group is never held up,
 /// and then its way through all stages does. Sequences are reckoned as equally long, `depth` tokens.
 pub fn step_us(cost: &CostModel, groups: &[usize], depth: u32) -> f64 {
-    groups.iter().map(|n| cost.through_us(group_work(*n, depth))).fold(busiest_us(cost, groups, depth), f64::max)
+    busiest_us(cost, groups, depth).max(longest_way_us(cost, groups, depth))
+}
+
+/// The way of the slowest group through all stages, in microseconds.
+fn longest_way_us(cost: &CostModel, groups: &[usize], depth: u32) -> f64 {
+    groups.iter().map(|n| cost.through_us(group_work(*n, depth))).fold(0.0, f64::max)
 }
 
 /// How long the busiest stage computes in one step of all groups, in microseconds.
@@ -153,8 +162,7 @@ pub fn share(
         let busiest = (0..cost.stages()).map(stage).fold(0.0, f64::max);
         busiest.max(cost.through_us(chunk) + MICRO_BATCH_US + largest)
     };
-    let sizes = (0..10).flat_map(|i| [CHUNK_STEP << i, (CHUNK_STEP << i) / 2 * 3]);
-    let sizes = [1, 2, 3, 4, 6].into_iter().chain(sizes).filter(|c| *c <= chunk_max);
+    let sizes = [1, 2, 3, 4, 6].into_iter().chain(round_sizes()).filter(|c| *c <= chunk_max);
     let best = sizes
         .filter_map(|rows| {
             // More than fit into the stages at once would only wait before the first.
@@ -168,9 +176,8 @@ pub fn share(
         Some((chunks, rows)) => {
             // As many as the first stage is through with when the group that was sent before them is back; and each of
             // the groups has such a burst before it.
-            let through = groups.iter().map(|n| cost.through_us(group_work(*n, depth))).fold(0.0, f64::max);
             let all = cost.slowest_us(Work::prefill(rows, start)) * groups.len() as f64;
-            let burst = (through / all.max(1.0)) as u32;
+            let burst = (longest_way_us(cost, groups, depth) / all.max(1.0)) as u32;
             Share { chunks, rows, burst: burst.clamp(1, chunks), every: 1 }
         }
         None => {
