@@ -84,7 +84,9 @@ class Measurement:
             for side in sides:
                 step(side)
         if not self.only or "prefill" in self.only:
-            self.peer_alone(number)
+            self.peer_with_other_ubatches(number)
+        if number == 0 and not self.quick and (not self.only or "decode" in self.only):
+            self.peer_with_scores()
         self.memory()
 
     def steps(self, number):
@@ -104,7 +106,7 @@ class Measurement:
         tokens = scenarios.DEEP_TOKENS if length == 2048 else 1
         streams = scenarios.prefill(self.prompts, length, tokens)
         if side == "rpc":
-            self.peer.use_ubatch(UBATCH_OF[length])
+            self.peer.use(UBATCH_OF[length])
         before = loopback_bytes()
         answers = self.ask(side, streams, UBATCH_OF[length])
         sent = loopback_bytes() - before
@@ -189,7 +191,19 @@ class Measurement:
         """What was loaded anew has its first steps behind it before it is measured again."""
         self.ask(side, scenarios.decode(self.prompts, 2, 8), deployment=DEFAULT)
 
-    def peer_alone(self, number):
+    def peer_with_scores(self):
+        """Decode without flash attention, which llama.cpp takes by default and Capstan on processors does not."""
+        for streams in STREAMS:
+            specs = scenarios.decode(self.prompts, streams, self.tokens_of(streams))
+            rate = scenarios.decode_rate(self.peer.run(specs, scores=True))
+            self.figures.add("rpc", f"decode_b{streams}_scores", rate, "tok/s")
+            self.tell("rpc", f"decode, {streams} at once, no flash attention", f"{rate:.1f} tok/s")
+        specs = scenarios.prefill(self.prompts, 2048, scenarios.DEEP_TOKENS)
+        rate = scenarios.decode_rate(self.peer.run(specs, UBATCH_OF[2048], scores=True))
+        self.figures.add("rpc", "decode_b1_deep_scores", rate, "tok/s")
+        self.tell("rpc", "decode after 2048, no flash attention", f"{rate:.1f} tok/s")
+
+    def peer_with_other_ubatches(self, number):
         for length, (always, once) in OTHER_UBATCHES.items():
             for ubatch in always + (once if number == 0 and not self.quick else []):
                 streams = scenarios.prefill(self.prompts, length)

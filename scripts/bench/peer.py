@@ -51,7 +51,7 @@ class Peer:
         env = clean_environment(RUST_LOG="llama.cpp=debug")
         self.head = Talker("RPC head", line, self.cores, self.folder / "head.log", env)
         self.head.read()
-        self.ubatch = self.size["ubatch"]
+        self.context = {"ubatch": UBATCH, "scores": False}
         return time.monotonic() - started
 
     def stop_head(self):
@@ -60,15 +60,16 @@ class Peer:
             self.head.quit()
             self.head = None
 
-    def use_ubatch(self, ubatch):
+    def use(self, ubatch=UBATCH, scores=False):
         """Another context, where another is wanted; not part of any measurement."""
-        if ubatch != self.ubatch:
-            self.head.ask({"do": "open", **self.size, "ubatch": ubatch})
-            self.ubatch = ubatch
+        wanted = {"ubatch": ubatch, "scores": scores}
+        if wanted != self.context:
+            self.head.ask({"do": "open", **self.size, **wanted})
+            self.context = wanted
 
-    def run(self, streams, ubatch=UBATCH):
+    def run(self, streams, ubatch=UBATCH, scores=False):
         """Answers streams side by side, and tells when each token came."""
-        self.use_ubatch(ubatch)
+        self.use(ubatch, scores)
         return self.head.ask({"do": "run", "streams": streams})["streams"]
 
     def pids(self):

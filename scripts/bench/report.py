@@ -141,6 +141,7 @@ def footnotes(report):
     for name, model in report["models"].items():
         raw = model["raw"]
         lines += ubatch_footnotes(name, raw)
+        lines += scores_footnote(name, raw)
         cached = middle(raw, "ready_worker_cache", "rpc")
         if cached:
             lines.append(f"{name}, RPC with the workers' disk cache (off by default): ready in {number(cached)} ms.")
@@ -174,6 +175,18 @@ def ubatch_footnotes(name, raw):
                 f"all Capstan's ratio is {best:.2f}."
             )
     return lines
+
+
+def scores_footnote(name, raw):
+    """The peer's decode without flash attention, and Capstan's ratios against it."""
+    told = []
+    for metric, label in LABELS.items():
+        rate, ours = middle(raw, f"{metric}_scores", "rpc"), middle(raw, metric, "capstan")
+        if rate and ours:
+            told.append(f"{label.removeprefix('decode, ').removesuffix(' (tok/s)')} {number(rate)} ({ours / rate:.2f})")
+    if not told:
+        return []
+    return [f"{name}, RPC's decode with flash attention off (tok/s, and Capstan's ratio to it): {'; '.join(told)}."]
 
 
 def edit_footnote(name, edits):

@@ -297,7 +297,7 @@ impl Session {
         let addr = loaded.wire.transport.addr();
         self.loaded = Some(loaded);
         self.send(FromChild::Loaded { addr, info }).await;
-        tokio::spawn(report_stats(self.counters.clone(), self.events.clone()));
+        tokio::spawn(report_stats(self.counters.clone(), self.events.downgrade()));
     }
 
     async fn connect(&mut self, wiring: Wiring) {
@@ -392,12 +392,14 @@ async fn make_prompt(
     wait.await.map_err(|_| "the thread that makes it ended".to_owned())
 }
 
-async fn report_stats(counters: Arc<Counters>, events: mpsc::Sender<FromChild>) {
+/// Until nobody else says anything any more: by itself this must not keep the process from ending.
+async fn report_stats(counters: Arc<Counters>, events: mpsc::WeakSender<FromChild>) {
     let mut last = ChildStats::default();
     let mut tick = tokio::time::interval(Duration::from_secs(1));
     loop {
         tick.tick().await;
         let now = counters.snapshot();
+        let Some(events) = events.upgrade() else { return };
         if now != last && events.send(FromChild::Stats(now.clone())).await.is_err() {
             return;
         }

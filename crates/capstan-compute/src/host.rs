@@ -3,6 +3,7 @@ use std::ffi::OsString;
 use std::process::{ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
 
+use crate::os;
 use capstan_proto::child::{FromChild, ToChild};
 use capstan_proto::codec::{self, CodecError};
 use capstan_proto::limits;
@@ -74,6 +75,7 @@ pub fn spawn(options: SpawnOptions) -> Result<(ChildSender, ChildReceiver), Host
     let (program, args) = options.command.split_first().ok_or(HostError::NoCommand)?;
     let mut child = Command::new(program)
         .args(args)
+        .envs(os::child_environment())
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())

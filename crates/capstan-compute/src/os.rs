@@ -1,4 +1,4 @@
-//! What depends on the operating system: standard output is kept for the protocol alone.
+//! What depends on the operating system: standard output is kept for the protocol alone, and memory comes in large pages.
 use std::fs::File;
 use std::io;
 
@@ -17,4 +17,24 @@ pub(crate) fn take_stdout() -> io::Result<File> {
 pub(crate) fn take_stdout() -> io::Result<File> {
     use std::os::windows::io::AsHandle;
     Ok(File::from(io::stdout().as_handle().try_clone_to_owned()?))
+}
+
+/// What a compute process is given in its environment. KV caches are gigabytes that are filled with zeros at the start;
+/// in pages of 2 MiB that takes half the time of pages of 4 KiB, and the C library asks for them only when it is told to.
+/// What the user has set stands before.
+#[cfg(target_os = "linux")]
+pub(crate) fn child_environment() -> Option<(&'static str, String)> {
+    const NAME: &str = "GLIBC_TUNABLES";
+    const LARGE_PAGES: &str = "glibc.malloc.hugetlb=1";
+    match std::env::var(NAME) {
+        Ok(set) if set.contains("glibc.malloc.hugetlb") => None,
+        Ok(set) if !set.is_empty() => Some((NAME, format!("{set}:{LARGE_PAGES}"))),
+        _ => Some((NAME, LARGE_PAGES.to_owned())),
+    }
+}
+
+/// Elsewhere the system chooses.
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn child_environment() -> Option<(&'static str, String)> {
+    None
 }

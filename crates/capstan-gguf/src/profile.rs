@@ -24,6 +24,8 @@ pub struct ModelProfile {
     pub n_embd: u32,
     /// Rows of the embedding table.
     pub n_vocab: u32,
+    /// Attention heads, of the layer that has most.
+    pub n_head: u32,
     /// Tokens of context that the model was trained with; 0 when the file does not say.
     pub context_train: u32,
     /// The trunk's layers in order.
@@ -86,6 +88,7 @@ pub(crate) fn profile(model: &Model) -> ModelProfile {
         n_layers: model.n_layers(),
         n_embd: model.n_embd(),
         n_vocab: model.n_vocab(),
+        n_head: (0..model.n_layers()).filter_map(|i| number(&f, "attention.head_count", i)).max().unwrap_or(0) as u32,
         context_train: f.u32("context_length").unwrap_or(0),
         layers,
         embedding_bytes: bytes("token_embd.weight"),

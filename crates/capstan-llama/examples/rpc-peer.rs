@@ -69,11 +69,22 @@ struct Size {
     #[arg(long)]
     #[serde(default)]
     unified: bool,
+    /// Attention writes its scores out: flash attention, llama.cpp's choice, is off
+    #[arg(long)]
+    #[serde(default)]
+    scores: bool,
 }
 
 impl From<Size> for HeadOptions {
     fn from(s: Size) -> Self {
-        Self { ctx_per_slot: s.ctx, slots: s.slots, batch: s.batch, ubatch: s.ubatch, kv_unified: s.unified }
+        Self {
+            ctx_per_slot: s.ctx,
+            slots: s.slots,
+            batch: s.batch,
+            ubatch: s.ubatch,
+            kv_unified: s.unified,
+            scores: s.scores,
+        }
     }
 }
 

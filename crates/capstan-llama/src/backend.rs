@@ -56,6 +56,11 @@ pub struct DeviceInfo {
     pub memory_free_bytes: u64,
 }
 
+/// Whether so many layers (negative is all) are computed by something else than the processor.
+pub(crate) fn offloads(gpu_layers: i32) -> bool {
+    gpu_layers != 0 && devices().iter().any(|d| matches!(d.kind, DeviceKind::Gpu | DeviceKind::IntegratedGpu))
+}
+
 /// The devices ggml was built for and finds on this machine.
 pub fn devices() -> Vec<DeviceInfo> {
     init();

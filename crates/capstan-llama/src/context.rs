@@ -4,6 +4,7 @@ use std::sync::{Arc, PoisonError};
 
 use capstan_engine::StageOutput;
 use capstan_proto::data::{KvOp, MicroBatch, Payload, Row};
+use capstan_proto::limits::{SCORES_BYTES_MAX, scores_bytes};
 use llama_cpp_sys_2 as sys;
 
 use crate::batch::{Batch, RowShape};
@@ -135,7 +136,13 @@ impl Context {
         params.n_outputs_max_per_seq = 0;
         params.n_threads = threads as i32;
         params.n_threads_batch = threads as i32;
-        params.flash_attn_type = sys::LLAMA_FLASH_ATTN_TYPE_AUTO;
+        // In a cache for all, the place of a sequence's cells depends on the others. The fused kernel adds cell after
+        // cell and leaves out those of others, so that it gives the same bits wherever they lie; products of vectors do
+        // not.
+        let scores = scores_bytes(n_ubatch, per_slot, model.n_head());
+        let written_out = model.on_processor() && !options.kv_unified && scores <= SCORES_BYTES_MAX;
+        params.flash_attn_type =
+            if written_out { sys::LLAMA_FLASH_ATTN_TYPE_DISABLED } else { sys::LLAMA_FLASH_ATTN_TYPE_AUTO };
         params.no_perf = true;
         params.swa_full = true;
         params.kv_unified = options.kv_unified;

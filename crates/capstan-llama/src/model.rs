@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use llama_cpp_sys_2 as sys;
 
-use crate::backend::init;
+use crate::backend::{init, offloads};
 use crate::vocab::Vocab;
 use crate::{LlamaError, log};
 
@@ -34,6 +34,7 @@ impl Default for ModelOptions {
 pub struct Model {
     ptr: NonNull<sys::llama_model>,
     facts: Facts,
+    on_processor: bool,
     path: PathBuf,
     /// Making a context may adjust numbers of the model, so it is done by one thread at a time.
     pub(crate) making_context: Mutex<()>,
@@ -50,6 +51,7 @@ struct Facts {
     n_embd: u32,
     n_embd_inp: u32,
     n_layer: u32,
+    n_head: u32,
     n_ctx_train: u32,
     positions: u32,
     size_bytes: u64,
@@ -91,7 +93,8 @@ impl Model {
         };
         // From here on the model is freed by `Drop`, also when it is refused.
         let facts = read_facts(ptr);
-        let model = Self { ptr, facts, path: path.to_owned(), making_context: Mutex::new(()) };
+        let on_processor = !offloads(options.gpu_layers);
+        let model = Self { ptr, facts, on_processor, path: path.to_owned(), making_context: Mutex::new(()) };
         model.refuse_what_cannot_chat()?;
         Ok(Arc::new(model))
     }
@@ -130,6 +133,14 @@ impl Model {
     /// Layers of the trunk.
     pub fn n_layer(&self) -> u32 {
         self.facts.n_layer
+    }
+    /// Attention heads of a layer.
+    pub fn n_head(&self) -> u32 {
+        self.facts.n_head
+    }
+    /// Whether the processor computes it alone.
+    pub fn on_processor(&self) -> bool {
+        self.on_processor
     }
     /// Tokens of context it was trained for.
     pub fn n_ctx_train(&self) -> u32 {
@@ -183,6 +194,7 @@ fn read_facts(ptr: NonNull<sys::llama_model>) -> Facts {
             n_embd: count(sys::llama_model_n_embd(m)),
             n_embd_inp: count(sys::llama_model_n_embd_inp(m)),
             n_layer: count(sys::llama_model_n_layer(m)),
+            n_head: count(sys::llama_model_n_head(m)),
             n_ctx_train: count(sys::llama_model_n_ctx_train(m)),
             positions: if m_rope { 4 } else { 1 },
             size_bytes: sys::llama_model_size(m),

@@ -116,6 +116,8 @@ pub struct HeadOptions {
     pub ubatch: u32,
     /// One cache for all sequences instead of one each.
     pub kv_unified: bool,
+    /// Attention writes its scores out, as Capstan's does on processors, instead of llama.cpp's choice.
+    pub scores: bool,
 }
 
 /// A model whose layers all lie on RPC workers, and a context to run it.
@@ -188,6 +190,9 @@ impl Head {
         params.n_threads_batch = 1;
         params.no_perf = true;
         params.kv_unified = options.kv_unified;
+        if options.scores {
+            params.flash_attn_type = sys::LLAMA_FLASH_ATTN_TYPE_DISABLED;
+        }
         log::forget();
         // SAFETY: the model is live and outlives the context (`Drop`); `params` holds defaults and checked numbers.
         let context = NonNull::new(unsafe { sys::llama_init_from_model(self.model.as_ptr(), params) })

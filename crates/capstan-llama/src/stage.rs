@@ -7,7 +7,7 @@ use capstan_proto::Epoch;
 use capstan_proto::child::{StageInfo, StageSpec};
 use capstan_proto::data::{MicroBatch, Payload, Rollback, Row};
 
-use crate::backend::{DeviceKind, devices};
+use crate::backend::{DeviceKind, devices, offloads};
 use crate::context::{Context, ContextOptions};
 use crate::model::{Model, ModelOptions, Progress};
 use crate::{Capture, LlamaError};
@@ -218,5 +218,5 @@ fn device_names(gpu_layers: i32) -> String {
         all.iter().filter(|d| wanted(d.kind)).map(|d| d.description.trim().to_owned()).collect::<Vec<_>>().join(", ")
     };
     let gpus = named(&|k| matches!(k, DeviceKind::Gpu | DeviceKind::IntegratedGpu));
-    if gpu_layers != 0 && !gpus.is_empty() { gpus } else { named(&|k| k == DeviceKind::Cpu) }
+    if offloads(gpu_layers) { gpus } else { named(&|k| k == DeviceKind::Cpu) }
 }

@@ -2,6 +2,7 @@
 //! it takes to compute.
 use capstan_gguf::ModelProfile;
 use capstan_proto::LayerRange;
+use capstan_proto::limits::{SCORES_BYTES_MAX, scores_bytes};
 
 /// llama.cpp rounds the context of a sequence up to a multiple of this.
 const CTX_STEP: u64 = 256;
@@ -38,6 +39,8 @@ pub struct Sizes {
     pub n_embd: u32,
     /// Entries of the vocabulary.
     pub n_vocab: u32,
+    /// Attention heads of a layer.
+    pub n_head: u32,
 }
 
 /// How much of what a window needs, in bytes.
@@ -73,6 +76,7 @@ impl Sizes {
             ends_bytes: profile.embedding_bytes.saturating_add(head),
             n_embd: profile.n_embd,
             n_vocab: profile.n_vocab,
+            n_head: profile.n_head,
         }
     }
 
@@ -94,12 +98,17 @@ impl Sizes {
         let tokens = u64::from(ctx).next_multiple_of(CTX_STEP) * u64::from(slots);
         let is_last = range.end() == self.layers();
         let head = if is_last { u64::from(self.n_vocab) * 4 * (u64::from(slots) + 1) } else { 0 };
+        let cells = u64::from(ctx).next_multiple_of(CTX_STEP).min(u64::from(u32::MAX)) as u32;
+        let scores = scores_bytes(ubatch, cells, self.n_head);
+        // The nodes' devices are not asked: where scores are not written out, a little is left over.
+        let scores = if scores <= SCORES_BYTES_MAX { scores } else { 0 };
         Need {
             weights: sum(&self.weight_bytes, range).saturating_add(if is_last { self.ends_bytes } else { 0 }),
             kv: (sum(&self.kv_bytes_per_token, range).saturating_mul(tokens))
                 .saturating_add(sum(&self.state_bytes_per_sequence, range).saturating_mul(u64::from(slots))),
             compute: (u64::from(ubatch) * u64::from(self.n_embd) * 4).saturating_mul(ACTIVATIONS)
                 + head
+                + scores
                 + PROCESS_BYTES,
         }
     }

@@ -25,6 +25,7 @@ fn sizes(layers: &[u64], ends: u64) -> Sizes {
         ends_bytes: ends << 20,
         n_embd: 64,
         n_vocab: 32,
+        n_head: 0,
     }
 }
 
