@@ -18,6 +18,8 @@ pub struct FileBytes(Arc<Inner>);
 struct Inner {
     path: PathBuf,
     backing: Backing,
+    /// Size of the whole file, of which only the beginning may be here.
+    file_bytes: u64,
 }
 
 enum Backing {
@@ -43,12 +45,23 @@ impl FileBytes {
                 .map_err(|e| GgufError::io(path, "map")(std::io::Error::other(e.to_string())))?;
             Backing::Map(map, second)
         };
-        Ok(Self(Arc::new(Inner { path: path.to_owned(), backing })))
+        Ok(Self(Arc::new(Inner { path: path.to_owned(), backing, file_bytes: meta.len() })))
     }
 
     /// Bytes that are already in memory, under a name for messages.
     pub fn from_memory(path: &Path, bytes: Vec<u8>) -> Self {
-        Self(Arc::new(Inner { path: path.to_owned(), backing: Backing::Memory(bytes) }))
+        let file_bytes = bytes.len() as u64;
+        Self::beginning(path, bytes, file_bytes)
+    }
+
+    /// The first bytes of a file of `file_bytes` that is elsewhere.
+    pub fn beginning(path: &Path, bytes: Vec<u8>, file_bytes: u64) -> Self {
+        Self(Arc::new(Inner { path: path.to_owned(), backing: Backing::Memory(bytes), file_bytes }))
+    }
+
+    /// Size of the whole file, whether or not all of it is here.
+    pub fn file_bytes(&self) -> u64 {
+        self.0.file_bytes
     }
 
     /// Where they come from.

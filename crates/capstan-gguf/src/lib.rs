@@ -9,15 +9,18 @@
 //! | [`metadata`] | keys and values in file order; long arrays stay where they lie |
 //! | [`parse`] | bytes to a header, every count and length checked before anything is allocated |
 //! | [`bytes`] | a file's bytes, memory-mapped |
+//! | [`beginnings`] | a model from the first bytes of files that are elsewhere |
 //! | [`types`] | the ggml tensor types and their block sizes |
 //! | [`arch`] | the one table of architecture rules, and which windows it allows |
 //! | [`cut`] | what a shard of a layer range contains |
 //! | [`shard`] | writing it: shared extents, nothing half-written |
 //! | [`writer`] | a GGUF from metadata and tensors |
+//! | [`synthetic`] | weights made up for a header, taking next to no space |
 //! | [`profile`] | what the planner needs to know of a model |
 #![forbid(unsafe_code)]
 
 pub mod arch;
+pub mod beginnings;
 pub mod bytes;
 pub mod cut;
 pub mod error;
@@ -26,6 +29,7 @@ pub mod model;
 pub mod parse;
 pub mod profile;
 pub mod shard;
+pub mod synthetic;
 pub mod types;
 pub mod writer;
 

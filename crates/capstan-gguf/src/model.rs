@@ -74,7 +74,7 @@ impl Model {
         Self::assemble(vec![bytes], vec![header])
     }
 
-    fn assemble(contents: Vec<FileBytes>, headers: Vec<Header>) -> Result<Self, GgufError> {
+    pub(crate) fn assemble(contents: Vec<FileBytes>, headers: Vec<Header>) -> Result<Self, GgufError> {
         let files: Vec<PathBuf> = contents.iter().map(|f| f.path().to_owned()).collect();
         let path = files.first().map(PathBuf::as_path).unwrap_or(Path::new(""));
         let (mut metadata, mut tensors) = (Metadata::new(), Vec::new());
@@ -140,7 +140,7 @@ impl Model {
     }
     /// Bytes of all files.
     pub fn bytes(&self) -> u64 {
-        self.contents.iter().map(|f| f.len() as u64).sum()
+        self.contents.iter().map(FileBytes::file_bytes).sum()
     }
     pub(crate) fn contents(&self) -> &[FileBytes] {
         &self.contents
@@ -237,6 +237,11 @@ impl Model {
     pub fn shard_bytes(&self, range: LayerRange) -> u64 {
         shard::plan(self, range).map_or(0, |p| p.total())
     }
+    /// The header of the shard of a range, up to where data begins, and the size of the whole shard in bytes.
+    pub fn shard_header(&self, range: LayerRange) -> Result<(Vec<u8>, u64), GgufError> {
+        Ok(shard::plan(self, range)?.into_header())
+    }
+
     /// Write the shard of a range. The progress callback gets bytes done and in all; when it breaks, or anything fails,
     /// nothing is left behind. An existing file is replaced in one step.
     pub fn write_shard(
@@ -250,7 +255,7 @@ impl Model {
 }
 
 /// How many parts the model has, when `path` is the first.
-fn parts(metadata: &Metadata, path: &Path) -> Result<u32, GgufError> {
+pub(crate) fn parts(metadata: &Metadata, path: &Path) -> Result<u32, GgufError> {
     let count = metadata.get_u64("split.count").unwrap_or(1);
     if count > u64::from(FILES_MAX) {
         let what = "the number of parts".into();
@@ -265,7 +270,7 @@ fn parts(metadata: &Metadata, path: &Path) -> Result<u32, GgufError> {
     Ok(count)
 }
 
-fn check_part(metadata: &Metadata, path: &Path, no: u32, count: u32) -> Result<(), GgufError> {
+pub(crate) fn check_part(metadata: &Metadata, path: &Path, no: u32, count: u32) -> Result<(), GgufError> {
     let (found_no, found_count) = (metadata.get_u32("split.no"), metadata.get_u32("split.count"));
     if (found_no, found_count) == (Some(no), Some(count)) {
         return Ok(());
@@ -277,7 +282,7 @@ fn check_part(metadata: &Metadata, path: &Path, no: u32, count: u32) -> Result<(
 }
 
 /// The path of part `no` (from 0) beside any part of a model of `count` parts, if that part's name has the usual form.
-fn part_path(path: &Path, no: u32, count: u32) -> Option<PathBuf> {
+pub(crate) fn part_path(path: &Path, no: u32, count: u32) -> Option<PathBuf> {
     let name = path.file_name()?.to_str()?;
     let stem = name.strip_suffix(&format!("-of-{count:05}.gguf"))?;
     let (prefix, digits) = stem.split_at_checked(stem.len().checked_sub(6)?)?;

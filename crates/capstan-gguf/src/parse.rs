@@ -128,7 +128,7 @@ fn alignment(metadata: &Metadata, path: &Path) -> Result<u32, GgufError> {
 /// Check that each tensor's data follows the one before, padded, as llama.cpp requires, and lies within the file. A file
 /// whose tensors overlap would make a shard larger than the file it came from.
 fn place(tensors: &mut [TensorInfo], bytes: &FileBytes, alignment: u32, data_start: u64) -> Result<(), GgufError> {
-    let (path, len) = (bytes.path(), bytes.len() as u64);
+    let (path, len) = (bytes.path(), bytes.file_bytes());
     let mut expected = 0u64;
     for t in tensors {
         if t.offset != expected {
@@ -166,7 +166,7 @@ impl<'a> Reader<'a> {
                 path: self.path().to_owned(),
                 what: what.to_owned(),
                 end: (self.at as u64).saturating_add(n),
-                len: self.bytes.len() as u64,
+                len: self.bytes.file_bytes(),
             }),
         }
     }
@@ -197,8 +197,8 @@ impl<'a> Reader<'a> {
     /// Refuse a count that the rest of the file cannot hold.
     fn room(&self, n: u64, least: u64, what: &str) -> Result<(), GgufError> {
         let end = n.saturating_mul(least).saturating_add(self.at as u64);
-        let len = self.bytes.len() as u64;
-        if end > len {
+        if end > self.bytes.len() as u64 {
+            let len = self.bytes.file_bytes();
             return Err(GgufError::Truncated { path: self.path().to_owned(), what: what.to_owned(), end, len });
         }
         Ok(())

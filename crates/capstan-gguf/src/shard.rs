@@ -67,6 +67,9 @@ impl Plan {
     pub(crate) fn total(&self) -> u64 {
         self.layout.total
     }
+    pub(crate) fn into_header(self) -> (Vec<u8>, u64) {
+        (self.layout.header, self.layout.total)
+    }
     fn copied(&self) -> u64 {
         self.runs.iter().map(|r| r.len).sum()
     }
@@ -125,8 +128,23 @@ pub(crate) fn write(
     path: &Path,
     progress: &mut dyn FnMut(u64, u64) -> ControlFlow<()>,
 ) -> Result<ShardInfo, GgufError> {
+    create(path, plan.total(), |out| fill(model, plan, out, progress))?;
+    Ok(ShardInfo {
+        bytes: plan.total(),
+        copied_bytes: plan.copied(),
+        shareable_bytes: plan.runs.iter().map(Run::shareable).sum(),
+        tensors: plan.tensors,
+    })
+}
+
+/// Makes a file that `filled` fills with about `total` bytes: beside its place, and renamed when it is complete and on
+/// disk. Nothing is left behind when that fails or breaks off.
+pub(crate) fn create(
+    path: &Path,
+    total: u64,
+    filled: impl FnOnce(&File) -> io::Result<ControlFlow<()>>,
+) -> Result<(), GgufError> {
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let total = plan.total();
     let full = |e: io::Error| match is_full(&e) {
         true => disk_full(path, folder, total),
         false => GgufError::Io { path: path.to_owned(), action: "write", source: e },
@@ -138,8 +156,7 @@ pub(crate) fn write(
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666)); // less the umask, like any new file
     let temporary = builder.tempfile_in(folder).map_err(GgufError::io(path, "create"))?;
     // An error inside removes the temporary file first, so that what is missing is counted without it.
-    let filled = fill(model, plan, temporary.as_file(), progress);
-    match filled {
+    match filled(temporary.as_file()) {
         Ok(ControlFlow::Continue(())) => {}
         Ok(ControlFlow::Break(())) => return Err(GgufError::Cancelled(path.to_owned())),
         Err(e) => {
@@ -150,12 +167,7 @@ pub(crate) fn write(
     temporary.persist(path).map_err(|e| GgufError::io(path, "rename the finished file to")(e.error))?;
     #[cfg(unix)] // the name is on disk only when its folder is
     File::open(folder).and_then(|f| f.sync_all()).map_err(GgufError::io(folder, "write"))?;
-    Ok(ShardInfo {
-        bytes: total,
-        copied_bytes: plan.copied(),
-        shareable_bytes: plan.runs.iter().map(Run::shareable).sum(),
-        tensors: plan.tensors,
-    })
+    Ok(())
 }
 
 fn fill(
@@ -244,12 +256,12 @@ fn copy(_: &File, _: u64, _: &File, _: u64, _: u64) -> io::Result<(u64, bool)> {
 }
 
 #[cfg(unix)]
-fn write_at(out: &File, bytes: &[u8], at: u64) -> io::Result<()> {
+pub(crate) fn write_at(out: &File, bytes: &[u8], at: u64) -> io::Result<()> {
     std::os::unix::fs::FileExt::write_all_at(out, bytes, at)
 }
 
 #[cfg(not(unix))]
-fn write_at(mut out: &File, bytes: &[u8], at: u64) -> io::Result<()> {
+pub(crate) fn write_at(mut out: &File, bytes: &[u8], at: u64) -> io::Result<()> {
     use std::io::{Seek, Write};
     out.seek(io::SeekFrom::Start(at))?;
     out.write_all(bytes)
