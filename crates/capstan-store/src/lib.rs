@@ -25,6 +25,7 @@
 //! | `partial` | a shard that is still arriving |
 //! | `room` | which shards are in use, and which go when the disk is full |
 //! | `tree` | hash trees: build, read a file against, encode from |
+//! | [`remote`] | models at a URL or on Hugging Face, by ranges |
 //! | `index` | the small file that remembers what was verified |
 //! | `layout` | paths, free space, file stamps, the lock |
 //! | `error` | what can go wrong, as sentences |
@@ -35,6 +36,7 @@ mod fetch;
 mod index;
 mod layout;
 mod partial;
+pub mod remote;
 mod room;
 mod serve;
 mod store;

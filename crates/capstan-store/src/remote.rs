@@ -1,0 +1,145 @@
+//! Models that are elsewhere: at a URL, or on Hugging Face or a server that speaks its protocol.
+//!
+//! ```text
+//! hf:OWNER/REPO[:QUANT][@REVISION] ─▶ list of files ─▶ those of one model ─▶ first bytes ─▶ header
+//! https://HOST/model.gguf ────────────────────────────▶       〃
+//! ```
+//!
+//! | module | idea |
+//! |---|---|
+//! | `name` | what a user may write, and which of a repository's files that means |
+//! | `http` | ranges of files, bounded, with errors that say what to do |
+mod http;
+mod name;
+
+use std::path::PathBuf;
+
+use capstan_gguf::beginnings::{self, Beginning, FIRST_BYTES, Known};
+use capstan_gguf::{GgufError, Model};
+
+pub use http::Remote;
+pub use name::{ModelName, NameError, choose};
+
+/// A file of a model, elsewhere.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RemoteFile {
+    /// Its name, for messages and for the names of a split model's other parts.
+    pub path: PathBuf,
+    /// Where it can be read.
+    pub url: String,
+    /// The server is the hub, which may know us by a token.
+    pub on_hub: bool,
+    /// Its size in bytes, where the server has told.
+    pub bytes: Option<u64>,
+    /// SHA-256 of its content, where the server has told: hexadecimal.
+    pub sha256: Option<String>,
+}
+
+/// Why a model elsewhere could not be read.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RemoteError {
+    /// The server cannot be reached, or the connection broke.
+    #[error("{url} cannot be reached: {reason}; is this machine connected, and the address right?")]
+    Unreachable {
+        /// What was asked for.
+        url: String,
+        /// Why not.
+        reason: String,
+    },
+    /// The server wants to know who asks.
+    #[error(
+        "{url} may not be read (status {status}); if the model is gated, accept its terms on its page and set HF_TOKEN"
+    )]
+    Forbidden {
+        /// What was asked for.
+        url: String,
+        /// 401 or 403.
+        status: u16,
+    },
+    /// There is no such thing.
+    #[error("{url} does not exist; check the name and the revision")]
+    NotFound {
+        /// What was asked for.
+        url: String,
+    },
+    /// Any other answer that is no success.
+    #[error("{url} answered with status {status}; try again later")]
+    Status {
+        /// What was asked for.
+        url: String,
+        /// The status.
+        status: u16,
+    },
+    /// The server sent something that makes no sense.
+    #[error("{url} answered with {what}")]
+    Nonsense {
+        /// What was asked for.
+        url: String,
+        /// What is wrong.
+        what: String,
+    },
+    /// The name fits no model, or several.
+    #[error(transparent)]
+    Name(#[from] NameError),
+    /// The file is no model.
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
+}
+
+impl Remote {
+    /// The model of a name, from its headers alone; its weights are not there.
+    pub async fn model(&self, name: &ModelName) -> Result<Model, RemoteError> {
+        let mut files = self.files(name).await?;
+        let mut read: Vec<Beginning> = Vec::new();
+        loop {
+            match beginnings::read(&read) {
+                Ok(Known::Model(model)) => return Ok(*model),
+                Ok(Known::More { file, bytes }) => {
+                    let (Some(beginning), Some(file)) = (read.get_mut(file), files.get(file)) else {
+                        return Err(nonsense(files.first(), "fewer files than the model has"));
+                    };
+                    let have = beginning.bytes.len() as u64;
+                    beginning.bytes.extend(self.range(file, have, bytes - have).await?);
+                }
+                Ok(Known::Files(others)) => {
+                    for path in others {
+                        let known = files.iter().find(|f| f.path == path).cloned();
+                        let file = known.or_else(|| files.first().and_then(|first| first.beside(&path)));
+                        let file = file.ok_or_else(|| nonsense(files.first(), "a file without a name"))?;
+                        read.push(self.beginning(&file).await?);
+                        files.retain(|f| f.path != path);
+                        files.insert(read.len() - 1, file);
+                    }
+                }
+                Err(_) if read.is_empty() => {
+                    let first = files.first().ok_or_else(|| nonsense(None, "no file"))?;
+                    read.push(self.beginning(first).await?);
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    async fn beginning(&self, file: &RemoteFile) -> Result<Beginning, RemoteError> {
+        let (bytes, file_bytes) = self.first(file, FIRST_BYTES).await?;
+        Ok(Beginning { path: file.path.clone(), bytes, file_bytes })
+    }
+}
+
+impl RemoteFile {
+    /// Another file in the same folder.
+    fn beside(&self, path: &std::path::Path) -> Option<Self> {
+        let mut url = reqwest::Url::parse(&self.url).ok()?;
+        let name = path.file_name()?.to_str()?;
+        url.path_segments_mut().ok()?.pop().push(name);
+        Some(Self { path: path.to_owned(), url: url.into(), on_hub: self.on_hub, bytes: None, sha256: None })
+    }
+}
+
+fn nonsense(file: Option<&RemoteFile>, what: &str) -> RemoteError {
+    RemoteError::Nonsense { url: file.map(|f| f.url.clone()).unwrap_or_default(), what: what.into() }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,190 @@
+//! Ranges of files over HTTP: every answer is bounded, and every failure says what to do.
+use std::time::Duration;
+
+use futures::StreamExt;
+use hf_hub::api::tokio::{Api, ApiBuilder};
+use hf_hub::{Repo, RepoType};
+use reqwest::header::{CONTENT_RANGE, RANGE};
+use reqwest::{Client, Response, StatusCode};
+use serde::Deserialize;
+
+use super::{ModelName, RemoteError, RemoteFile, choose};
+
+/// Branch that is read when none is named.
+const REVISION: &str = "main";
+/// Largest list of a repository's files, in bytes: ten thousand files with their hashes.
+const LIST_BYTES_MAX: u64 = 16 << 20;
+/// Most time until a server begins to answer, and between two pieces of an answer.
+const SILENCE_MAX: Duration = Duration::from_secs(30);
+
+/// Reads models that are elsewhere.
+pub struct Remote {
+    client: Client,
+    hub: Api,
+}
+
+#[derive(Deserialize)]
+struct Listing {
+    siblings: Vec<Sibling>,
+}
+
+#[derive(Deserialize)]
+struct Sibling {
+    rfilename: String,
+    size: Option<u64>,
+    lfs: Option<Large>,
+}
+
+#[derive(Deserialize)]
+struct Large {
+    sha256: Option<String>,
+}
+
+impl Remote {
+    /// As the environment says: `HF_ENDPOINT`, `HF_TOKEN` or the token that `hf auth login` has left in `HF_HOME`.
+    pub fn from_env() -> Result<Self, RemoteError> {
+        let mut builder = ApiBuilder::from_env();
+        if let Ok(token) = std::env::var("HF_TOKEN")
+            && !token.is_empty()
+        {
+            builder = builder.with_token(Some(token));
+        }
+        Self::with(builder)
+    }
+
+    /// A server of one's own that speaks Hugging Face's protocol.
+    pub fn at(endpoint: &str, token: Option<String>) -> Result<Self, RemoteError> {
+        Self::with(ApiBuilder::new().with_endpoint(endpoint.trim_end_matches('/').to_owned()).with_token(token))
+    }
+
+    fn with(builder: ApiBuilder) -> Result<Self, RemoteError> {
+        let bad =
+            |e: &dyn std::fmt::Display| RemoteError::Unreachable { url: "the network".into(), reason: e.to_string() };
+        let hub = builder.with_progress(false).with_user_agent("capstan", env!("CARGO_PKG_VERSION")).build();
+        // Addresses elsewhere must not learn the token.
+        let client = Client::builder().connect_timeout(SILENCE_MAX).read_timeout(SILENCE_MAX).build();
+        Ok(Self { client: client.map_err(|e| bad(&e))?, hub: hub.map_err(|e| bad(&e))? })
+    }
+
+    /// The files of a model, the first part first. Of a split model at a URL only that is known.
+    pub async fn files(&self, name: &ModelName) -> Result<Vec<RemoteFile>, RemoteError> {
+        let (repo, quantisation, revision) = match name {
+            ModelName::Hub { repo, quantisation, revision } => (repo, quantisation, revision),
+            ModelName::Url(url) => {
+                let path =
+                    reqwest::Url::parse(url).map(|u| u.path().trim_start_matches('/').into()).unwrap_or_default();
+                return Ok(vec![RemoteFile { path, url: url.clone(), on_hub: false, bytes: None, sha256: None }]);
+            }
+            ModelName::File(path) => {
+                let url = path.display().to_string();
+                return Err(RemoteError::Nonsense { url, what: "nothing: it is a file of this machine".into() });
+            }
+        };
+        let revision = revision.as_deref().unwrap_or(REVISION);
+        let hub = self.hub.repo(Repo::with_revision(repo.clone(), RepoType::Model, revision.to_owned()));
+        let url = format!("hf:{repo}@{revision}");
+        let asked = hub.info_request().query(&[("blobs", "true")]).send();
+        let response = checked(&url, within(&url, asked).await?)?;
+        let body = body(&url, response, LIST_BYTES_MAX, true).await?;
+        let listing: Listing = serde_json::from_slice(&body)
+            .map_err(|e| RemoteError::Nonsense { url, what: format!("no list of files ({e})") })?;
+        let file = |s: Sibling| RemoteFile {
+            url: hub.url(&s.rfilename),
+            on_hub: true,
+            path: s.rfilename.into(),
+            bytes: s.size,
+            sha256: s.lfs.and_then(|l| l.sha256),
+        };
+        Ok(choose(repo, quantisation.as_deref(), listing.siblings.into_iter().map(file).collect())?)
+    }
+
+    /// The first bytes of a file, at most so many, and its size.
+    pub async fn first(&self, file: &RemoteFile, len: u64) -> Result<(Vec<u8>, u64), RemoteError> {
+        let response = self.ask(file, 0, len).await?;
+        let size = match response.status() {
+            StatusCode::PARTIAL_CONTENT => total(&response),
+            // The server does not know ranges: it sends all, of which the first bytes are read.
+            _ => response.content_length(),
+        };
+        let what = || RemoteError::Nonsense { url: file.url.clone(), what: "no size of the file".into() };
+        let size = size.or(file.bytes).ok_or_else(what)?;
+        Ok((body(&file.url, response, len, false).await?, size))
+    }
+
+    /// `len` bytes of a file from `from` on.
+    pub async fn range(&self, file: &RemoteFile, from: u64, len: u64) -> Result<Vec<u8>, RemoteError> {
+        let response = self.ask(file, from, len).await?;
+        let whole = response.status() != StatusCode::PARTIAL_CONTENT;
+        let skip = if whole { from } else { 0 };
+        let mut bytes = body(&file.url, response, skip.saturating_add(len), false).await?;
+        bytes.drain(..(skip as usize).min(bytes.len()));
+        if bytes.len() as u64 != len {
+            let what = format!("{} bytes instead of {len}", bytes.len());
+            return Err(RemoteError::Nonsense { url: file.url.clone(), what });
+        }
+        Ok(bytes)
+    }
+
+    async fn ask(&self, file: &RemoteFile, from: u64, len: u64) -> Result<Response, RemoteError> {
+        // The hub's client sends the token; where a redirect leads elsewhere, it is left out.
+        let client = if file.on_hub { self.hub.client() } else { &self.client };
+        let last = from.saturating_add(len).saturating_sub(1);
+        let asked = client.get(&file.url).header(RANGE, format!("bytes={from}-{last}")).send();
+        checked(&file.url, within(&file.url, asked).await?)
+    }
+}
+
+async fn within(url: &str, asked: impl Future<Output = reqwest::Result<Response>>) -> Result<Response, RemoteError> {
+    match tokio::time::timeout(SILENCE_MAX, asked).await {
+        Ok(answer) => answer.map_err(|e| unreachable(url, &e)),
+        Err(_) => Err(silent(url)),
+    }
+}
+
+fn checked(url: &str, response: Response) -> Result<Response, RemoteError> {
+    let url = url.to_owned();
+    match response.status().as_u16() {
+        200..=299 => Ok(response),
+        status @ (401 | 403) => Err(RemoteError::Forbidden { url, status }),
+        404 => Err(RemoteError::NotFound { url }),
+        status => Err(RemoteError::Status { url, status }),
+    }
+}
+
+/// The size of the whole file, as an answer with a part of it says.
+fn total(response: &Response) -> Option<u64> {
+    response.headers().get(CONTENT_RANGE)?.to_str().ok()?.rsplit('/').next()?.parse().ok()
+}
+
+/// At most `most` bytes of an answer; where more of it is an error, or else is left unread.
+async fn body(url: &str, response: Response, most: u64, all: bool) -> Result<Vec<u8>, RemoteError> {
+    let mut bytes = Vec::new();
+    let mut pieces = response.bytes_stream();
+    loop {
+        let piece = tokio::time::timeout(SILENCE_MAX, pieces.next()).await.map_err(|_| silent(url))?;
+        let Some(piece) = piece else { return Ok(bytes) };
+        let piece = piece.map_err(|e| unreachable(url, &e))?;
+        let room = (most - bytes.len() as u64).min(piece.len() as u64) as usize;
+        bytes.extend_from_slice(&piece[..room]);
+        if room < piece.len() && all {
+            return Err(RemoteError::Nonsense { url: url.to_owned(), what: format!("more than {most} bytes") });
+        }
+        if bytes.len() as u64 >= most && !all {
+            return Ok(bytes);
+        }
+    }
+}
+
+fn silent(url: &str) -> RemoteError {
+    let reason = format!("nothing came for {} s", SILENCE_MAX.as_secs());
+    RemoteError::Unreachable { url: url.to_owned(), reason }
+}
+
+/// What lies at the bottom of an error says more than its surface.
+fn unreachable(url: &str, error: &reqwest::Error) -> RemoteError {
+    let mut reason: &dyn std::error::Error = error;
+    while let Some(deeper) = reason.source() {
+        reason = deeper;
+    }
+    RemoteError::Unreachable { url: url.to_owned(), reason: reason.to_string() }
+}
