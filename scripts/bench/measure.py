@@ -151,7 +151,7 @@ class Measurement:
                 self.figures.add(side, "decode_b1_guessing", rate, "tok/s")
 
     def tokens_of(self, streams):
-        tokens = {1: 48, 2: 48, 4: 40, 8: 32, 16: 32}[streams]
+        tokens = {1: 128, 2: 96, 4: 64, 8: 64, 16: 48}[streams]
         return tokens // 2 if self.quick else tokens
 
     def beside(self, side, decoding, length):

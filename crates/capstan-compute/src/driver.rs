@@ -76,7 +76,8 @@ impl Driver {
             Some(path) if spec.scheduling.speculation_depth > 0 => Some(Draft::load(path, &vocab, spec)?),
             _ => None,
         };
-        let engine = Engine::new(engine_config(spec)).map_err(|e| e.to_string())?;
+        let engine =
+            Engine::new(EngineConfig { draft: draft.is_some(), ..engine_config(spec) }).map_err(|e| e.to_string())?;
         let driver = Self {
             stage,
             vocab,
@@ -259,6 +260,7 @@ impl Driver {
             Err(error) => {
                 tracing::warn!(%error, "the draft model failed and is not used any more");
                 self.draft = None;
+                self.engine.handle_draft_gone();
                 false
             }
         }

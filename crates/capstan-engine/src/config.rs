@@ -31,6 +31,9 @@ pub struct EngineConfig {
     pub prefix_cache: bool,
     /// Most guessed tokens of a sequence that are under way; 0 turns speculation off.
     pub speculation_depth: u16,
+    /// Whether the driver has a draft model, and answers [`wants_guess`](crate::Engine::wants_guess). Then n-grams guess
+    /// only where they were right more often than it.
+    pub draft: bool,
     /// Whether stages are measured at the start, while nobody asks for anything. Without it the costs are assumed until
     /// the first micro-batches are back.
     pub measure: bool,
@@ -57,8 +60,8 @@ pub struct ConfigError {
 impl EngineConfig {
     /// The usual settings: everything that keeps stages busy is on.
     ///
-    /// Of groups of sequences there may be twice as many as stages, and a chunk follows each stage's worth of them. A decode step that takes 1.75 times as long leaves some room below the doubling that a
-    /// reader would notice.
+    /// Of groups of sequences there may be twice as many as stages, and beside them a chunk for each stage. A decode step
+    /// that takes 1.75 times as long leaves some room below the doubling that a reader would notice.
     pub fn new(stages: u16, slots: u32, ctx: u32, chunk: u32) -> Self {
         Self {
             stages,
@@ -72,6 +75,7 @@ impl EngineConfig {
             queue_max: limits::QUEUE_MAX,
             prefix_cache: true,
             speculation_depth: if stages == 1 { 0 } else { stages },
+            draft: false,
             measure: true,
             rollback: Rollback::Trim,
             spares: 0,

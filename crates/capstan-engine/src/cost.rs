@@ -15,6 +15,8 @@ const ROWS_STEP: u32 = 8;
 /// fully.
 const DEPTH_MIN: f64 = 256.0;
 const DEPTH_FULL: f64 = 1024.0;
+/// Rows from which one tells what links take for a row: of fewer it is lost in the noise.
+const HOPS_ROWS_MIN: u32 = 16;
 /// Twice the rows must cost less than this share of twice the time to make still larger sizes worth a try.
 const STILL_FALLING: f64 = 0.95;
 /// Before anything was measured: reading the weights costs as much as computing four rows.
@@ -57,6 +59,8 @@ struct Point {
     /// Time and cells of the observation with the fewest cells, against which deeper ones tell what a cell costs. Those
     /// of the measurement at the start do not count: nothing else ran beside them.
     shallow: Option<(f64, f64)>,
+    /// The curve's count when it was observed last; 0 when it was only measured at the start.
+    seen: u64,
 }
 
 /// Time over rows, and what attention adds.
@@ -64,6 +68,8 @@ struct Point {
 struct Curve {
     points: BTreeMap<u32, Point>,
     slope_us: f64,
+    /// Observations, those of the measurement left aside.
+    count: u64,
 }
 
 impl Curve {
@@ -72,12 +78,14 @@ impl Curve {
             return;
         }
         let cells = work.cells as f64;
-        let known = self.points.entry(work.rows).or_insert(Point { us, cells, shallow: None });
+        let known = self.points.entry(work.rows).or_insert(Point { us, cells, shallow: None, seen: 0 });
         known.us += (us - known.us) * NEW_SHARE;
         known.cells += (cells - known.cells) * NEW_SHARE;
         if measured {
             return;
         }
+        self.count += 1;
+        known.seen = self.count;
         let (shallow_us, shallow_cells) = known.shallow.get_or_insert((us, cells));
         let deeper = cells - *shallow_cells;
         if deeper <= 0.0 {
@@ -93,6 +101,11 @@ impl Curve {
         // left out, noise alone would add up to a slope.
         let slope = (us - *shallow_us) / deeper;
         self.slope_us += (slope - self.slope_us) * (NEW_SHARE * deeper_a_row / (deeper_a_row + DEPTH_FULL));
+    }
+
+    /// Whether so many rows were not observed for long, or never: since so many observations of other sizes.
+    fn is_stale(&self, rows: u32, observations: u64) -> bool {
+        self.points.get(&rows).is_none_or(|p| p.seen == 0 || p.seen + observations <= self.count)
     }
 
     /// What attention takes for one cell.
@@ -151,6 +164,8 @@ pub struct CostModel {
     stages: Vec<StageCost>,
     /// What a round through the pipeline takes beyond the stages' own time.
     hops_us: f64,
+    /// What each row adds to that: links carry a large chunk in no short time.
+    hops_row_us: f64,
 }
 
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -169,14 +184,30 @@ impl StageCost {
 impl CostModel {
     /// Nothing is known yet of so many stages.
     pub fn new(stages: u16) -> Self {
-        Self { stages: vec![StageCost::default(); usize::from(stages.max(1))], hops_us: 0.0 }
+        Self { stages: vec![StageCost::default(); usize::from(stages.max(1))], hops_us: 0.0, hops_row_us: 0.0 }
     }
 
     /// Takes in how long each stage, the first one first, computed such a micro-batch, in microseconds. A stage that
     /// computed nothing of it says 0. `round_trip_us` is the whole way from the driver to the driver, if nothing else
-    /// was under way; it counts for single rows, which links carry in no time.
+    /// was under way.
     pub fn observe(&mut self, work: Work, stage_us: &[u32], round_trip_us: Option<u32>) {
         self.take_in(work, stage_us, round_trip_us, false);
+    }
+
+    /// As [`CostModel::observe`], of a micro-batch that stages compute in several runs one after the other. Each run gets
+    /// the share of the time that it was expected to take.
+    pub fn observe_runs(&mut self, runs: &[Work], stage_us: &[u32], round_trip_us: Option<u32>) {
+        if let [run] = runs {
+            return self.observe(*run, stage_us, round_trip_us);
+        }
+        for (stage, us) in self.stages.iter_mut().zip(stage_us).filter(|(_, us)| **us > 0) {
+            let expected: Vec<f64> = runs.iter().map(|run| stage.us(*run)).collect();
+            let all: f64 = expected.iter().sum::<f64>().max(1.0);
+            for (run, of) in runs.iter().zip(expected) {
+                let curve = if run.decode { &mut stage.decode } else { &mut stage.prefill };
+                curve.observe(*run, f64::from(*us) * of / all, false);
+            }
+        }
     }
 
     /// As [`CostModel::observe`], of a micro-batch that was sent only to be measured.
@@ -191,11 +222,17 @@ impl CostModel {
         }
         let computed: u64 = stage_us.iter().map(|us| u64::from(*us)).sum();
         if let Some(all) = round_trip_us
-            && work.rows == 1
             && stage_us.len() == self.stages.len()
         {
             let hops = u64::from(all).saturating_sub(computed) as f64;
-            self.hops_us = if self.hops_us == 0.0 { hops } else { self.hops_us + (hops - self.hops_us) * NEW_SHARE };
+            let learn = |known: &mut f64, new: f64| {
+                *known = if *known == 0.0 { new } else { *known + (new - *known) * NEW_SHARE };
+            };
+            if work.rows == 1 {
+                learn(&mut self.hops_us, hops);
+            } else if work.rows >= HOPS_ROWS_MIN && self.hops_us > 0.0 {
+                learn(&mut self.hops_row_us, (hops - self.hops_us).max(0.0) / f64::from(work.rows));
+            }
         }
     }
 
@@ -208,6 +245,21 @@ impl CostModel {
     /// The largest chunk, a power of two, whose cost is known on every stage.
     pub fn explored(&self) -> u32 {
         self.stages.iter().map(|s| s.prefill.largest()).min().unwrap_or(0)
+    }
+
+    /// Whether decoding so many rows at once was not observed within the last so many micro-batches of other sizes.
+    pub fn is_stale(&self, rows: u32, observations: u64) -> bool {
+        self.stages.first().is_some_and(|s| s.decode.is_stale(rows, observations))
+    }
+
+    /// What a round of so many rows through the pipeline takes beyond the stages' own time, in microseconds.
+    pub fn hops_us(&self, rows: u32) -> f64 {
+        self.hops_us + self.hops_row_us * f64::from(rows)
+    }
+
+    /// Whether chunks of so many rows were observed, on every stage.
+    pub fn knows_chunk(&self, rows: u32) -> bool {
+        self.stages.iter().all(|s| s.prefill.points.contains_key(&rows))
     }
 
     /// How many stages.
@@ -227,7 +279,7 @@ impl CostModel {
 
     /// Time through all stages and links, in microseconds: what one takes that nothing is in the way of.
     pub fn through_us(&self, work: Work) -> f64 {
-        self.stages.iter().map(|s| s.us(work)).sum::<f64>() + self.hops_us
+        self.stages.iter().map(|s| s.us(work)).sum::<f64>() + self.hops_us(work.rows)
     }
 }
 
@@ -247,6 +299,9 @@ mod tests {
         // Beyond them it goes on as before, and what was not measured is taken from the other kind.
         assert_eq!(cost.stage_us(0, Work::prefill(9, 0)), 500.0);
         assert_eq!(cost.stage_us(0, Work::decode(9, 0)), 500.0);
+        // Links take their time for large chunks.
+        cost.observe(Work::prefill(16, 0), &[700, 1400], Some(2310));
+        assert_eq!((cost.hops_us(0), cost.hops_us(32)), (50.0, 370.0));
     }
 
     #[test]
@@ -260,6 +315,20 @@ mod tests {
         cost.observe(two, &[0], None);
         assert_eq!(cost.stage_us(0, two), 125.0);
         assert!(cost.stage_us(0, Work::decode(99, 0)) < 9999.0);
+    }
+
+    #[test]
+    fn runs_share_the_time_of_their_micro_batch() {
+        let mut cost = CostModel::new(1);
+        cost.observe(Work::decode(1, 0), &[1000], None);
+        cost.observe(Work::decode(2, 0), &[3000], None);
+        assert!(cost.is_stale(4, 9) && !cost.is_stale(1, 9) && cost.is_stale(1, 1));
+        let runs = [Work::decode(2, 0), Work::decode(1, 0)];
+        for _ in 0..40 {
+            cost.observe_runs(&runs, &[8000], None);
+        }
+        let us = runs.map(|run| cost.stage_us(0, run));
+        assert!((us[0] - 6000.0).abs() < 10.0 && (us[1] - 2000.0).abs() < 10.0, "{us:?}");
     }
 
     #[test]

@@ -6,7 +6,8 @@ use capstan_proto::data::{KvOp, Rollback, Row};
 
 use crate::config::{ConfigError, EngineConfig};
 use crate::cost::{CostModel, Work};
-use crate::dealer::Dealer;
+use crate::dealer::{Dealer, Limits, Prompt};
+use crate::dealing::{self, Dealing, Member};
 use crate::flight::{BatchKind, CompletedError, Flight};
 use crate::guess::{self, Source};
 use crate::invariants::Parts;
@@ -16,13 +17,10 @@ use crate::queue::{Queue, Request};
 use crate::report::{
     Completed, Counters, GuessWanted, PlannedBatch, SequenceStats, Started, SubmitError, TokenOutcome,
 };
-use crate::schedule::{self, Decoding, Share};
+use crate::schedule;
 use crate::sequence::{Guess, Next, Phase, Sequence};
 use crate::slots::Slots;
-
-/// Decode micro-batches after which the dealing is looked at again though nobody joined or left: sequences grow longer
-/// and costs are measured anew.
-const DEAL_EVERY: u32 = 64;
+use crate::turns::Turns;
 
 /// Schedules sequences over a pipeline of stages.
 ///
@@ -52,15 +50,10 @@ pub struct Engine {
     drops: Vec<u64>,
     /// Sequences beyond the slots that hold nothing of use.
     spares: Vec<u32>,
-    /// Decode micro-batches that went out since the last chunk.
-    decodes_since_chunk: u32,
-    /// Chunks that went out since the last decode micro-batch.
-    chunks_since_decode: u32,
-    /// What prefill was given beside decode when the last chunk was sent; none before the first one.
-    share: Option<Share>,
+    /// Whose turn it is, chunks or groups.
+    turns: Turns,
     /// The size of chunk that was tried last to see what it costs.
     exploring: Option<u32>,
-    decodes_since_deal: u32,
     /// Requests that ever got a slot.
     admissions: u64,
     /// Tokens that were ever taken in.
@@ -83,11 +76,8 @@ impl Engine {
             ops: Vec::new(),
             drops: Vec::new(),
             spares: spares(&config),
-            decodes_since_chunk: 0,
-            chunks_since_decode: 0,
-            share: None,
+            turns: Turns::default(),
             exploring: None,
-            decodes_since_deal: 0,
             admissions: 0,
             tokens: 0,
             totals: Counters::default(),
@@ -175,14 +165,19 @@ impl Engine {
     /// microseconds; to be said before [`Engine::handle_completed`]. A stage that computed no row of it says 0.
     pub fn handle_times(&mut self, step: u64, stage_us: &[u32], round_trip_us: u32) {
         let Some(sent) = self.flight.get(step).filter(|_| stage_us.len() == self.cost.stages()) else { return };
-        if sent.kind == BatchKind::Measure {
+        if let (BatchKind::Measure, &[work]) = (sent.kind, &sent.runs[..]) {
             let us = stage_us.iter().map(|us| u64::from(*us)).sum();
-            if self.measure.learn(sent.work, us) {
-                self.cost.measure(sent.work, stage_us, round_trip_us);
+            if self.measure.learn(work, us) {
+                self.cost.measure(work, stage_us, round_trip_us);
             }
             return;
         }
-        self.cost.observe(sent.work, stage_us, sent.alone.then_some(round_trip_us));
+        if sent.kind == BatchKind::Decode {
+            let beside = self.flight.count(BatchKind::Prefill) > 0;
+            let percent = beside.then_some(self.config.decode_slowdown_percent);
+            self.dealer.returned(f64::from(round_trip_us), percent);
+        }
+        self.cost.observe_runs(&sent.runs, stage_us, sent.alone.then_some(round_trip_us));
     }
 
     /// Whether a micro-batch under way is a guess that is known to be wrong: then its rows need not be computed.
@@ -223,7 +218,7 @@ impl Engine {
         self.ops.clear();
         self.drops.clear();
         self.spares = spares(&self.config);
-        self.share = None;
+        self.turns = Turns::default();
         self.debug_check();
         lost.into_iter().map(|(_, id)| id).collect()
     }
@@ -246,6 +241,7 @@ impl Engine {
             return self.send_group(group);
         }
         if prefill.is_none() {
+            self.turns.rest();
             return self.send_guess().or_else(|| self.send_measurement());
         }
         None
@@ -264,9 +260,7 @@ impl Engine {
     /// Which guess the draft model may make, when everything that can be sent was polled. Only for a lone stream: a
     /// draft model follows one text at a time.
     pub fn wants_guess(&self) -> Option<GuessWanted> {
-        let [group] = self.dealer.groups() else { return None };
-        let &[slot] = &group[..] else { return None };
-        let sequence = self.slots.get(slot).filter(|s| s.proposed.is_none())?;
+        let sequence = self.slots.get(self.drafted()?).filter(|s| s.proposed.is_none())?;
         if !self.may_guess(sequence) || !sequence.record.pays(Source::Model, sequence.guesses.len(), &self.cost) {
             return None;
         }
@@ -275,12 +269,24 @@ impl Engine {
         Some(GuessWanted { id: sequence.id, tokens, first })
     }
 
+    /// The slot of the sequence that is alone, for which a draft model may guess.
+    fn drafted(&self) -> Option<u32> {
+        let [group] = self.dealer.groups() else { return None };
+        let &[slot] = &group[..] else { return None };
+        Some(slot)
+    }
+
     /// The draft model's guess. It is ignored when the text has gone on meanwhile.
     pub fn handle_guess(&mut self, wanted: &GuessWanted, token: i32) {
         let Some(sequence) = self.slots.find(wanted.id).and_then(|slot| self.slots.get_mut(slot)) else { return };
         if sequence.tokens.len() + sequence.guesses.len() == wanted.tokens.len() {
             sequence.proposed = Some(token);
         }
+    }
+
+    /// The draft model guesses no more: n-grams need not wait for it.
+    pub fn handle_draft_gone(&mut self) {
+        self.config.draft = false;
     }
 
     /// What speculation did for a request that has a slot.
@@ -340,24 +346,38 @@ impl Engine {
     }
 
     fn deal(&mut self) {
-        if !self.dealer.changed() && self.decodes_since_deal < DEAL_EVERY {
+        let beside = self.slots.next_prefill().is_some() || self.flight.count(BatchKind::Prefill) > 0;
+        if !self.dealer.is_due(beside) {
             return;
         }
-        self.decodes_since_deal = 0;
         // More groups than stages hide the links and even out what does not divide, where that is worth smaller groups.
         let groups_max = if self.config.stages == 1 { 1 } else { 2 * self.cost.stages() };
         let group_max = self.config.decode_batch.min(self.config.chunk) as usize;
-        let sizes = schedule::deal(&self.cost, self.dealer.len(), self.depth(), groups_max, group_max);
-        if self.dealer.changed() || sizes != self.dealer.sizes() {
-            self.dealer.deal(&sizes);
-        }
+        let limits = Limits { groups_max, group_max, trials: !self.config.fixed_shapes };
+        let members = self.members();
+        // Shapes that are fixed leave nothing to choose.
+        let prompt = self.slots.next_prefill().filter(|_| !self.config.fixed_shapes).and_then(|slot| self.prompt(slot));
+        self.dealer.look(&self.cost, &members, limits, prompt, beside);
+        self.turns.set(prompt.map(|p| self.dealer.share_now(&self.cost, &members, p)), self.dealer.groups().len());
     }
 
-    /// Mean length of the sequences that decode, in tokens.
-    fn depth(&self) -> u32 {
-        let rows = self.slots.iter().filter(|(slot, _)| self.dealer.contains(*slot)).map(|(_, s)| u64::from(s.kv_rows));
-        let (sum, count) = rows.fold((0, 0), |(sum, count), rows| (sum + rows, count + 1));
-        sum.checked_div(count).unwrap_or(0) as u32
+    /// The sequences that decode, by slot.
+    fn members(&self) -> Vec<Member> {
+        let depth = |slot: u32| self.slots.get(slot).map_or(0, |s| s.kv_rows);
+        self.dealer.slots().into_iter().map(|slot| Member { slot, depth: depth(slot) }).collect()
+    }
+
+    /// What is to come of the prompt in this slot.
+    fn prompt(&self, slot: u32) -> Option<Prompt> {
+        let sequence = self.slots.get(slot)?;
+        Some(Prompt {
+            start: sequence.kv_rows,
+            left: sequence.prompt_left(),
+            chunk_max: self.config.chunk,
+            in_flight_max: u32::from(self.config.in_flight_max),
+            slowdown_percent: self.config.decode_slowdown_percent,
+            rows_now: self.turns.rows_now(),
+        })
     }
 
     /// The group that waits longest among those whose members all have their tokens.
@@ -371,32 +391,28 @@ impl Engine {
     }
 
     /// Whether a chunk may be sent now, if there is one: one a stage and one more, which is there when the first stage is
-    /// free again; but beside decoding sequences only their share, and a group that is ready goes between two chunks.
+    /// free again; but beside decoding sequences when it is its turn, and only while there is room for all groups.
     fn may_send_chunk(&self) -> bool {
         let (chunks, groups) = (self.flight.count(BatchKind::Prefill), self.dealer.groups().len());
         if groups == 0 {
             return chunks <= self.cost.stages();
         }
-        // Before the first chunk nothing was reckoned, and on a fixed grid nothing can be: then they take turns.
-        let share = self.share.unwrap_or(Share { chunks: groups as u32, rows: 1, burst: 1, every: 1 });
-        chunks < share.chunks as usize
-            && self.decodes_since_chunk >= (share.every - 1) * groups as u32
-            && (self.decodes_since_chunk > 0 || self.chunks_since_decode < share.burst && self.ready_group().is_none())
+        let room = usize::from(self.config.in_flight_max).saturating_sub(groups);
+        chunks < room.max(1) && self.turns.chunk_is_due()
     }
 
     fn send_chunk(&mut self, slot: u32) -> Option<PlannedBatch> {
-        let EngineConfig { stages, chunk, decode_slowdown_percent, fixed_shapes, in_flight_max, .. } = self.config;
-        let (sizes, depth, cost) = (self.dealer.sizes(), self.depth(), &self.cost);
+        let EngineConfig { stages, chunk, fixed_shapes, .. } = self.config;
+        let share = (!fixed_shapes && !self.dealer.groups().is_empty()).then(|| self.prompt(slot)).flatten();
+        let share = share.map(|prompt| self.dealer.share_now(&self.cost, &self.members(), prompt));
+        self.turns.set(share, self.dealer.groups().len());
+        let cost = &self.cost;
         let sequence = self.slots.get_mut(slot)?;
         let (start, left) = (sequence.kv_rows, sequence.prompt_left());
         let count = if fixed_shapes {
             chunk - start % chunk
-        } else if !sizes.is_empty() {
-            let decoding = Decoding { groups: &sizes, depth };
-            let chunks_max = u32::from(in_flight_max).saturating_sub(sizes.len() as u32);
-            let share = schedule::share(cost, decoding, start, decode_slowdown_percent, chunk, chunks_max);
-            self.share = Some(share);
-            share.rows
+        } else if let Some(share) = share {
+            self.turns.rows(share.rows)
         } else {
             // Larger sizes than any so far are tried once each, where the prompt is long enough to fill all stages with
             // them.
@@ -416,21 +432,19 @@ impl Engine {
             }
         };
         let (rows, tokens, last) = sequence.take_chunk(slot, count, chunk);
-        self.decodes_since_chunk = 0;
-        self.chunks_since_decode = self.chunks_since_decode.saturating_add(1);
+        self.turns.sent_chunk();
         let work = Work::prefill(rows.len() as u32, start);
-        Some(self.plan(BatchKind::Prefill, vec![slot], u32::from(last), work, rows, tokens))
+        Some(self.plan(BatchKind::Prefill, vec![slot], u32::from(last), vec![work], rows, tokens))
     }
 
     fn send_group(&mut self, group: Vec<u32>) -> Option<PlannedBatch> {
-        self.decodes_since_chunk = self.decodes_since_chunk.saturating_add(1);
-        self.chunks_since_decode = 0;
-        self.decodes_since_deal += 1;
+        self.turns.sent_group();
+        self.dealer.sent();
         let taken = group.iter().filter_map(|&slot| self.slots.get_mut(slot)?.take_token(slot));
         let (rows, tokens): (Vec<Row>, Vec<i32>) = taken.unzip();
-        let count = rows.len() as u32;
-        let work = Work::decode(count, rows.iter().map(|r| u64::from(r.pos) + 1).sum());
-        Some(self.plan(BatchKind::Decode, group, count, work, rows, tokens))
+        let members: Vec<Member> = rows.iter().map(|r| Member { slot: r.slot, depth: r.pos + 1 }).collect();
+        let runs = dealing::runs(&members).collect();
+        Some(self.plan(BatchKind::Decode, group, rows.len() as u32, runs, rows, tokens))
     }
 
     fn may_guess(&self, sequence: &Sequence) -> bool {
@@ -438,20 +452,20 @@ impl Engine {
             && self.flight.len() <= self.cost.stages()
             && sequence.may_guess(self.config.speculation_depth, self.config.ctx)
             && (self.config.rollback == Rollback::Trim || !self.spares.is_empty())
-            && self.stages_rest()
     }
 
     /// Whether stages rest in every step of the sequences that decode for as long as one more guess takes. What a lone
     /// sequence loses by a wrong guess is weighed by itself; here it would be others who lose.
     fn stages_rest(&self) -> bool {
-        let sizes = self.dealer.sizes();
-        if sizes.len() < 2 {
+        if self.dealer.groups().len() < 2 {
             return true;
         }
-        let depth = self.depth();
-        let guesses =
-            (self.flight.count(BatchKind::Guess) + 1) as f64 * self.cost.slowest_us(Work::decode(1, u64::from(depth)));
-        schedule::busiest_us(&self.cost, &sizes, depth) + guesses <= schedule::step_us(&self.cost, &sizes, depth)
+        let members = self.members();
+        let dealing = Dealing::of(&self.cost, self.dealer.groups(), &members);
+        let cells: u64 = members.iter().map(|m| u64::from(m.depth)).sum();
+        let guess = self.cost.slowest_us(Work::decode(1, cells / members.len().max(1) as u64));
+        let guesses = (self.flight.count(BatchKind::Guess) + 1) as f64 * guess;
+        dealing::busiest_us(&dealing.loads) + guesses <= dealing.step_us
     }
 
     /// One guess of the sequence that has the fewest under way. Sequences that share a micro-batch have none: batching
@@ -462,11 +476,17 @@ impl Engine {
             .filter_map(|slot| self.slots.get(slot).filter(|s| self.may_guess(s)).map(|s| (s.guesses.len(), slot)))
             .collect();
         lone.sort_unstable();
+        if lone.is_empty() || !self.stages_rest() {
+            return None;
+        }
+        // The draft model follows a text that is alone.
+        let drafted = self.config.draft && self.drafted().is_some();
         for (ahead, slot) in lone {
             let Some(sequence) = self.slots.get_mut(slot) else { continue };
             let found = sequence.proposed.map(|token| (token, Source::Model)).or_else(|| sequence.look_up());
             let Some((token, source)) = found else { continue };
-            if source == Source::Model || sequence.record.pays(source, ahead, &self.cost) {
+            let waits = drafted && sequence.record.leaves_to_model(source, ahead, &self.cost);
+            if source == Source::Model || !waits && sequence.record.pays(source, ahead, &self.cost) {
                 return self.guess(slot, token, source);
             }
         }
@@ -485,7 +505,7 @@ impl Engine {
         let (row, token) = self.slots.get_mut(slot)?.take_guess(slot, Guess { token, step, source, spare });
         self.totals.guessed += 1;
         let work = Work::decode(1, u64::from(row.pos) + 1);
-        Some(self.plan(BatchKind::Guess, vec![slot], 1, work, vec![row], vec![token]))
+        Some(self.plan(BatchKind::Guess, vec![slot], 1, vec![work], vec![row], vec![token]))
     }
 
     fn send_measurement(&mut self) -> Option<PlannedBatch> {
@@ -496,7 +516,7 @@ impl Engine {
         let work = self.measure.take()?;
         let rows: Vec<Row> = (0..work.rows).map(|pos| Row { slot, pos, output: work.decode }).collect();
         let (outputs, tokens) = (if work.decode { work.rows } else { 0 }, vec![0; rows.len()]);
-        let planned = self.plan(BatchKind::Measure, Vec::new(), outputs, work, rows, tokens);
+        let planned = self.plan(BatchKind::Measure, Vec::new(), outputs, vec![work], rows, tokens);
         self.ops.push(KvOp::Clear { slot });
         Some(planned)
     }
@@ -506,11 +526,11 @@ impl Engine {
         kind: BatchKind,
         slots: Vec<u32>,
         outputs: u32,
-        work: Work,
+        runs: Vec<Work>,
         rows: Vec<Row>,
         tokens: Vec<i32>,
     ) -> PlannedBatch {
-        let step = self.flight.push(kind, slots, outputs, work);
+        let step = self.flight.push(kind, slots, outputs, runs);
         let ops = std::mem::take(&mut self.ops);
         self.debug_check();
         PlannedBatch { step, kind, ops, rows, tokens }

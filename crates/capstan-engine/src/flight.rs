@@ -25,8 +25,8 @@ pub(crate) struct Sent {
     pub slots: Vec<u32>,
     /// Rows flagged `output`: none, or one of each of `slots`, or all those of a measurement.
     pub outputs: u32,
-    /// What it asks of a stage.
-    pub work: Work,
+    /// What it asks of a stage: one thing after the other.
+    pub runs: Vec<Work>,
     /// Its guess is known to be wrong.
     pub void: bool,
     /// Nothing else was under way when it was sent.
@@ -53,11 +53,11 @@ pub(crate) struct Flight {
 
 impl Flight {
     /// Notes a micro-batch as sent; gives its step.
-    pub fn push(&mut self, kind: BatchKind, slots: Vec<u32>, outputs: u32, work: Work) -> u64 {
+    pub fn push(&mut self, kind: BatchKind, slots: Vec<u32>, outputs: u32, runs: Vec<Work>) -> u64 {
         let step = self.next_step;
         self.next_step += 1;
         let alone = self.sent.is_empty();
-        self.sent.push_back(Sent { step, kind, slots, outputs, work, void: false, alone });
+        self.sent.push_back(Sent { step, kind, slots, outputs, runs, void: false, alone });
         step
     }
 

@@ -75,6 +75,12 @@ impl Record {
         self.acceptance[source.index()].powi(ahead as i32 + 1)
     }
 
+    /// Whether the draft model should guess here instead of this source: it was right at least as often, and pays.
+    pub fn leaves_to_model(&self, source: Source, ahead: usize, cost: &CostModel) -> bool {
+        let model = Source::Model;
+        self.acceptance[model.index()] >= self.acceptance[source.index()] && self.pays(model, ahead, cost)
+    }
+
     /// Whether a guess from this source pays behind `ahead` others of the same sequence (one row is before them all).
     pub fn pays(&self, source: Source, ahead: usize, cost: &CostModel) -> bool {
         self.likely(source, ahead) > threshold(cost, ahead) || ahead == 0 && self.rest[source.index()] >= PROBE_EVERY
@@ -135,6 +141,18 @@ mod tests {
             record.learn(source, true);
         }
         assert!(record.pays(source, 0, &cost));
+    }
+
+    #[test]
+    fn the_better_source_guesses() {
+        let mut record = Record::default();
+        let cost = cost(&[1000, 1000]);
+        let [fresh, followed] = [Ground::Fresh, Ground::Followed].map(Source::Ngram);
+        assert!(record.leaves_to_model(fresh, 0, &cost) && !record.leaves_to_model(followed, 0, &cost));
+        (0..20).for_each(|_| record.learn(Source::Model, true));
+        assert!(record.leaves_to_model(followed, 0, &cost));
+        (0..40).for_each(|_| record.learn(Source::Model, false));
+        assert!(!record.leaves_to_model(fresh, 0, &cost));
     }
 
     #[test]

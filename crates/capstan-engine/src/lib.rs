@@ -10,10 +10,13 @@
 //! | [`fake`] | a stage that hashes instead of multiplying, so that any KV mistake shows |
 //! | [`config`] | the scheduler's limits, checked |
 //! | [`cost`] | what a micro-batch costs on each stage, measured |
-//! | [`schedule`] | decisions as small pure functions of the cost: how a prompt is cut, how sequences are dealt, the share |
+//! | [`schedule`] | how a prompt is cut, and how much of it goes along with those who decode |
+//! | [`dealing`] | into which groups sequences are best dealt |
 //! | `measure` | the short measurement at the start |
 //! | `sequence`, `slots`, `queue`, `flight` | one request, its place in the KV caches, those who wait, what is under way |
-//! | `dealer` | which sequences decode together |
+//! | `dealer` | which sequences decode together, and when that changes |
+//! | `turns` | whose turn it is, chunks or groups |
+//! | `throttle` | whether steps beside a prompt are as long as was reckoned |
 //! | `prefix` | what a new prompt takes over from the caches |
 //! | `ngram`, `guess` | where guesses come from, and whether they pay |
 //! | [`engine`] | the state machine over all of them; `report` what it hands out, `invariants` what always holds |
@@ -43,6 +46,7 @@ pub mod config;
 pub mod contract;
 pub mod cost;
 mod dealer;
+pub mod dealing;
 pub mod engine;
 pub mod fake;
 mod flight;
@@ -57,6 +61,8 @@ pub mod schedule;
 mod sequence;
 mod slots;
 pub mod stage;
+mod throttle;
+mod turns;
 
 pub use config::{ConfigError, EngineConfig};
 pub use cost::{CostModel, Work};

@@ -1,17 +1,22 @@
-//! The scheduler's decisions as small pure functions of the cost model: how a prompt is cut, into which groups sequences
-//! are dealt, and how much prefill goes between two decode steps.
+//! The scheduler's decisions about prompts as small pure functions of the cost model: how one is cut that is alone, and
+//! how much of it goes between decode steps.
 use crate::cost::{CostModel, Work};
+use crate::dealing::{self, Load, MICRO_BATCH_US};
 
 /// Rows that chunks are made of: kernels compute rows in groups of four or eight, so that other sizes waste some.
 const CHUNK_STEP: u32 = 8;
-/// What a micro-batch costs beyond its computing on every stage, in microseconds: framing, waking threads. It keeps the
-/// cut from becoming finer than it can pay for.
-const MICRO_BATCH_US: f64 = 50.0;
+/// Rounds may have different numbers of chunks, so that their mean is just what is allowed, where a group's way behind a
+/// chunk is no longer than this share of a round, and no round is this much too long. Where the way is longer, what one
+/// round has more delays the group twice.
+const LOOSE: f64 = 0.8;
+const OVER: f64 = 1.06;
+/// How much faster other sizes must be to be preferred to those there are: with each change some group waits.
+const STEADY: f64 = 1.05;
+/// A size that lies between those that were observed must promise so much more: kernels of given widths make the curve
+/// between them lie above the straight line.
+const DOUBT: f64 = 1.03;
 /// However dear a row of a prompt is, one goes in so many decode steps.
 const EVERY_MAX: u32 = 16;
-/// How much faster more groups must be to be preferred: a dealing that changes for less would only make sequences wait
-/// for each other.
-const WORTH_A_CHANGE: f64 = 0.99;
 
 /// Rows of each chunk of a prompt of `rows` (at least one) that has the pipeline to itself: many, and all stages work
 /// but each chunk reads the weights again; few, and stages wait for the first to arrive and the last to leave.
@@ -25,7 +30,8 @@ pub fn chunk_rows(cost: &CostModel, rows: u32, start: u32, chunk_max: u32) -> u3
     let stages = cost.stages() as u32;
     let parts = (1..=stages * 4).map(|n| rows.div_ceil(n).next_multiple_of(CHUNK_STEP));
     let candidates = parts.chain(round_sizes()).filter(|c| *c < whole).chain([whole]);
-    let us = |chunk| prefill_us(cost, rows, start, chunk);
+    let doubt = |chunk| if cost.knows_chunk(chunk) { 1.0 } else { DOUBT };
+    let us = |chunk| prefill_us(cost, rows, start, chunk) * doubt(chunk);
     // Of equally good ones the largest: it has the fewest frames.
     let best = candidates.min_by(|a, b| us(*a).total_cmp(&us(*b)).then_with(|| b.cmp(a)));
     best.unwrap_or(whole)
@@ -50,147 +56,91 @@ pub fn prefill_us(cost: &CostModel, rows: u32, start: u32, chunk: u32) -> f64 {
     cost.through_us(work(first)) + others + last
 }
 
-/// How long one step of all groups takes, when a group's next step begins as soon as it is back: in microseconds.
-///
-/// Either a stage is never idle, and then the slowest one's time for all groups counts, or a group is never held up,
-/// and then its way through all stages does. Sequences are reckoned as equally long, `depth` tokens.
-pub fn step_us(cost: &CostModel, groups: &[usize], depth: u32) -> f64 {
-    busiest_us(cost, groups, depth).max(longest_way_us(cost, groups, depth))
-}
-
-/// The way of the slowest group through all stages, in microseconds.
-fn longest_way_us(cost: &CostModel, groups: &[usize], depth: u32) -> f64 {
-    groups.iter().map(|n| cost.through_us(group_work(*n, depth))).fold(0.0, f64::max)
-}
-
-/// How long the busiest stage computes in one step of all groups, in microseconds.
-pub fn busiest_us(cost: &CostModel, groups: &[usize], depth: u32) -> f64 {
-    let stage = |s| groups.iter().map(|n| cost.stage_us(s, group_work(*n, depth)) + MICRO_BATCH_US).sum::<f64>();
-    (0..cost.stages()).map(stage).fold(0.0, f64::max)
-}
-
-fn group_work(sequences: usize, depth: u32) -> Work {
-    Work::decode(sequences as u32, sequences as u64 * u64::from(depth))
-}
-
-/// Sizes of the groups that `sequences` decode in, largest first: the dealing with the shortest step. More groups keep
-/// more stages at work, larger ones read the weights for more rows at once; which is better is a matter of the measured
-/// curves. At most `groups_max` groups of `group_max` sequences each, unless there are too many sequences for that.
-pub fn deal(cost: &CostModel, sequences: usize, depth: u32, groups_max: usize, group_max: usize) -> Vec<usize> {
-    let group_max = group_max.max(1);
-    let fewest = sequences.div_ceil(group_max);
-    let mut best: Option<(f64, Vec<usize>)> = None;
-    for count in fewest.max(1)..=groups_max.max(fewest).min(sequences) {
-        for sizes in dealings(sequences, count, group_max) {
-            let us = step_us(cost, &sizes, depth);
-            if best.as_ref().is_none_or(|(least, _)| us < least * WORTH_A_CHANGE) {
-                best = Some((us, sizes));
-            }
-        }
-    }
-    best.map_or_else(Vec::new, |(_, sizes)| sizes)
-}
-
-/// Even groups, and those made of whole kernel widths with the rest in the last one.
-fn dealings(sequences: usize, count: usize, group_max: usize) -> Vec<Vec<usize>> {
-    let even = (0..count).map(|i| sequences * (count - i) / count - sequences * (count - i - 1) / count);
-    let mut even: Vec<usize> = even.collect();
-    even.sort_unstable_by(|a, b| b.cmp(a));
-    let mut all = vec![even];
-    for width in [2, 4, 8] {
-        let size = sequences.div_ceil(count).next_multiple_of(width);
-        if size <= group_max && size * (count - 1) < sequences {
-            let mut sizes = vec![size; count - 1];
-            sizes.push(sequences - size * (count - 1));
-            if sizes != all[0] {
-                all.push(sizes);
-            }
-        }
-    }
-    all
-}
-
-/// Sequences that decode, for the share of prefill: how many in each group, and how long they are on the mean.
-#[derive(Clone, Copy, Debug)]
-pub struct Decoding<'a> {
-    /// Sizes of the groups.
-    pub groups: &'a [usize],
-    /// Tokens.
-    pub depth: u32,
-}
-
 /// How much of a prompt travels between decode micro-batches.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Share {
-    /// Chunks under way at once.
-    pub chunks: u32,
+    /// Chunks that go along in a round of all groups, on the mean.
+    pub chunks: f64,
     /// Rows of each.
     pub rows: u32,
-    /// Chunks that may be sent one after the other with no group between them: the next group waits behind them all.
-    pub burst: u32,
-    /// One chunk is sent in so many decode steps at most; 1 where every step may have them.
+    /// They go along in one of so many rounds; 1 where every round may have them.
     pub every: u32,
+    /// Rows that come in this way in a second.
+    pub rows_per_s: f64,
 }
 
-/// The most that may come in of a prompt, from position `start` on, while sequences decode: a decode step then takes at
-/// most `slowdown_percent` of what it takes without. At least a row now and then: a prompt must come in.
+/// What bounds the chunks that go along with groups.
+#[derive(Clone, Copy, Debug)]
+pub struct Chunk {
+    /// Where the next one begins.
+    pub start: u32,
+    /// Most rows of one.
+    pub rows_max: u32,
+    /// Most of them in a round.
+    pub count_max: u32,
+    /// How many rows they have now, if any went along.
+    pub rows_now: Option<u32>,
+}
+
+/// The most that may come in of a prompt while groups decode that take this: a round then takes at most `allowed_us`. At least a row now and then: a prompt must come in.
 ///
-/// Groups and chunks go round in the ring, each followed by the next:
+/// Groups and chunks go round in the ring, each followed by the next. A chunk need not be back before the next one is
+/// sent, so it is only in the way of the group that trails it:
 ///
 /// ```text
-/// stage 0 | A | c c c | B | c c c | A | ...      a stage computes all groups and chunks of a round,
-/// stage 1 | . | A | c c c | B | c c c | ...      and a group trails the chunk before it through all stages
+/// stage 0 | A | c c c | A | c c c | A | ...      a round is the time of all groups and chunks on the busiest stage,
+/// stage 1 | . | A |   | c c c | A | c c c | ...  and that in which a group is through all stages behind one chunk
 /// ```
-pub fn share(
-    cost: &CostModel,
-    decoding: Decoding,
-    start: u32,
-    slowdown_percent: u16,
-    chunk_max: u32,
-    chunks_max: u32,
-) -> Share {
-    let Decoding { groups, depth } = decoding;
-    let alone = step_us(cost, groups, depth);
-    let allowed = alone * f64::from(slowdown_percent) / 100.0;
-    let largest = cost.slowest_us(group_work(groups.iter().copied().max().unwrap_or(0), depth));
-    let round = |chunks: u32, rows: u32| {
+pub fn share(cost: &CostModel, groups: &[Load], allowed_us: f64, chunk: Chunk) -> Share {
+    let Chunk { start, rows_max: chunk_max, count_max: chunks_max, rows_now } = chunk;
+    let decode: Vec<f64> = (0..cost.stages()).map(|s| dealing::stage_us(groups, s)).collect();
+    let alone = dealing::step_us(groups);
+    let last = groups.iter().filter_map(|g| g.stages.last()).copied().fold(0.0, f64::max);
+    // A stage's times for one chunk, and how long a round is when as many go along as the stage with the least room has
+    // time for, but at least one.
+    let round = |rows: u32| {
         let chunk = Work::prefill(rows, start);
-        let stage = |s: usize| {
-            let decode: f64 = groups.iter().map(|n| cost.stage_us(s, group_work(*n, depth))).sum();
-            decode + (cost.stage_us(s, chunk) + MICRO_BATCH_US) * f64::from(chunks)
+        let stages: Vec<f64> = (0..cost.stages()).map(|s| cost.stage_us(s, chunk) + MICRO_BATCH_US).collect();
+        let room = |us: f64| {
+            let each = decode.iter().zip(&stages).map(|(d, c)| (us - d) / c.max(1.0));
+            each.fold(f64::INFINITY, f64::min).clamp(1.0, f64::from(chunks_max.max(1)))
         };
-        let busiest = (0..cost.stages()).map(stage).fold(0.0, f64::max);
-        busiest.max(cost.through_us(chunk) + MICRO_BATCH_US + largest)
+        let trailing = stages.iter().skip(1).sum::<f64>() + last + cost.hops_us(rows);
+        let loose = trailing <= allowed_us * LOOSE;
+        let chunks = room(allowed_us).min(room(allowed_us * if loose { OVER } else { 1.0 }).floor());
+        let busy = decode.iter().zip(&stages).map(|(d, c)| d + c * chunks).fold(0.0, f64::max);
+        (chunks, alone.max(busy).max(trailing))
     };
-    let sizes = [1, 2, 3, 4, 6].into_iter().chain(round_sizes()).filter(|c| *c <= chunk_max);
-    let best = sizes
-        .filter_map(|rows| {
-            // More than fit into the stages at once would only wait before the first.
-            let chunk = Work::prefill(rows, start);
-            let at_once = (cost.through_us(chunk) / cost.slowest_us(chunk).max(1.0)) as u32;
-            let most = at_once.clamp(1, chunks_max.max(1));
-            (1..=most).rev().find(|chunks| round(*chunks, rows) <= allowed).map(|chunks| (chunks, rows))
-        })
-        .max_by_key(|(chunks, rows)| (chunks * rows, *rows));
-    match best {
-        Some((chunks, rows)) => {
-            // As many as the first stage is through with when the group that was sent before them is back; and each of
-            // the groups has such a burst before it.
-            let all = cost.slowest_us(Work::prefill(rows, start)) * groups.len() as f64;
-            let burst = (longest_way_us(cost, groups, depth) / all.max(1.0)) as u32;
-            Share { chunks, rows, burst: burst.clamp(1, chunks), every: 1 }
-        }
-        None => {
-            // So seldom that the mean of all steps keeps to what is allowed.
-            let (over, room) = (round(1, 1) - alone, (allowed - alone).max(alone / 100.0));
-            Share { chunks: 1, rows: 1, burst: 1, every: ((over / room).ceil() as u32).clamp(2, EVERY_MAX) }
-        }
-    }
+    let all = share_sizes(chunk_max).map(|rows| {
+        let (chunks, us) = round(rows);
+        (us, Share { chunks, rows, every: 1, rows_per_s: chunks * f64::from(rows) * 1e6 / us.max(1.0) })
+    });
+    let fitting = all.filter(|(us, _)| *us <= allowed_us).map(|(_, share)| share);
+    let worth = |s: &Share| s.rows_per_s * if Some(s.rows) == rows_now { STEADY } else { 1.0 };
+    fitting.max_by(|a, b| worth(a).total_cmp(&worth(b))).unwrap_or_else(|| {
+        // So seldom that the mean of all rounds keeps to what is allowed.
+        let (over, room) = (round(1).1 - alone, (allowed_us - alone).max(alone / 100.0));
+        let every = ((over / room).ceil() as u32).clamp(2, EVERY_MAX);
+        Share { chunks: 1.0, rows: 1, every, rows_per_s: 1e6 / (alone * f64::from(every)).max(1.0) }
+    })
+}
+
+/// Sizes of chunks that may go along with groups: all that the cost model keeps apart while they are small.
+fn share_sizes(chunk_max: u32) -> impl Iterator<Item = u32> {
+    let small = (1..=2 * CHUNK_STEP).chain((3..=2 * CHUNK_STEP).map(|i| i * CHUNK_STEP));
+    let large = round_sizes().filter(|rows| *rows > 2 * CHUNK_STEP * CHUNK_STEP);
+    small.chain(large).filter(move |rows| *rows <= chunk_max)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::dealing::Member;
+
+    fn load(cost: &CostModel, sequences: u32) -> Load {
+        let members: Vec<Member> = (0..sequences).map(|slot| Member { slot, depth: 0 }).collect();
+        Load::new(cost, &members)
+    }
 
     /// Stages that read weights for `fixed` and compute a row in `row` microseconds.
     fn linear(stages: &[(f64, f64)]) -> CostModel {
@@ -216,6 +166,17 @@ mod tests {
     }
 
     #[test]
+    fn a_size_between_known_ones_must_promise_more() {
+        // Kernels 32 rows wide: 48 rows take what 64 do.
+        let mut cost = CostModel::new(2);
+        for (rows, us) in [(1, 45_000), (16, 158_000), (32, 158_000), (64, 298_000), (256, 1_150_000)] {
+            cost.observe(Work::prefill(rows, 0), &[us; 2], None);
+        }
+        // By the straight line 48 would be the best by half a percent.
+        assert_eq!(chunk_rows(&cost, 512, 0, 512), 64);
+    }
+
+    #[test]
     fn the_cut_is_the_best_of_all_sizes_within_a_few_percent() {
         for stages in [&[(3000.0, 400.0); 2][..], &[(9000.0, 100.0); 4], &[(500.0, 900.0), (4000.0, 300.0)]] {
             let cost = linear(stages);
@@ -227,40 +188,44 @@ mod tests {
         }
     }
 
-    #[test]
-    fn sequences_are_dealt_by_what_is_faster() {
-        // Every row costs the same: as many groups as stages. Rows are free: one group.
-        let rows = linear(&[(10.0, 10_000.0), (10.0, 10_000.0)]);
-        assert_eq!(deal(&rows, 8, 0, 2, 64), [4, 4]);
-        assert_eq!(deal(&rows, 1, 0, 2, 64), [1]);
-        let free = linear(&[(100_000.0, 1.0), (100_000.0, 1.0)]);
-        assert_eq!(deal(&free, 8, 0, 2, 64), [8]);
-        assert_eq!(deal(&free, 5, 0, 2, 2), [2, 2, 1]);
-        assert_eq!(deal(&rows, 3, 0, 4, 1), [1, 1, 1]);
-        assert_eq!(deal(&rows, 0, 0, 4, 1), [0usize; 0]);
-    }
-
-    #[test]
-    fn kernel_widths_count() {
-        // Four rows cost what one does: 20 sequences are 8, 8 and 4, not 7, 7 and 6.
-        let mut cost = CostModel::new(2);
-        for n in 1..=16u32 {
-            let us = n.div_ceil(4) * 10_000;
-            cost.observe(Work::decode(n, 0), &[us, us], None);
-        }
-        assert_eq!(deal(&cost, 16, 0, 2, 64), [8, 8]);
-        assert_eq!(deal(&cost, 20, 0, 3, 64), [8, 8, 4]);
+    fn chunk(rows_max: u32) -> Chunk {
+        Chunk { start: 0, rows_max, count_max: 4, rows_now: None }
     }
 
     #[test]
     fn prefill_takes_no_more_than_its_share() {
         let cost = linear(&[(1000.0, 1000.0), (1000.0, 1000.0)]);
-        let share = |groups: &[usize], percent, max| share(&cost, Decoding { groups, depth: 0 }, 0, percent, max, 4);
-        // Alone a step takes two stages' time, 4 ms: 7 ms are allowed, in which a chunk passes both stages before it.
-        assert_eq!(share(&[1], 175, 512), Share { chunks: 2, rows: 1, burst: 2, every: 1 });
-        let several = share(&[8, 8], 175, 512);
-        assert!(several.chunks * several.rows >= 8 && several.every == 1, "{several:?}");
-        assert!(share(&[1, 1], 100, 512).every > 1);
-        assert!(share(&[1], 1000, 4).rows <= 4);
+        let share = |groups: &[u32], percent: f64, max| {
+            let loads: Vec<Load> = groups.iter().map(|n| load(&cost, *n)).collect();
+            share(&cost, &loads, dealing::step_us(&loads) * percent / 100.0, chunk(max))
+        };
+        // Alone a step takes two stages' time, 4 ms: 7 ms are allowed, in which each stage has 5 left.
+        let one = share(&[1], 175.0, 512);
+        assert_eq!((one.chunks, one.rows, one.every), (1.0, 3, 1));
+        // Beside them there is no room in 100 %, and much in 1000.
+        assert!(share(&[1, 1], 100.0, 512).every > 1);
+        assert!(share(&[1], 1000.0, 4).rows <= 4);
+        let several = share(&[8, 8], 175.0, 512);
+        assert!(several.chunks * f64::from(several.rows) >= 11.0 && several.every == 1, "{several:?}");
+    }
+
+    #[test]
+    fn on_a_slow_processor_a_prompt_gets_what_is_left() {
+        // Two cores: a step of one row takes 60 ms, of 4 rows 110; prefill takes 20 ms a row in chunks of 8, 14 in large
+        // ones.
+        let mut cost = CostModel::new(2);
+        for (rows, us) in [(1, 30_000), (2, 47_000), (4, 56_000), (8, 66_000)] {
+            cost.observe(Work::decode(rows, 0), &[us; 2], None);
+        }
+        for (rows, us) in [(1, 30_000), (2, 40_000), (4, 55_000), (8, 80_000), (16, 140_000), (32, 240_000)] {
+            cost.observe(Work::prefill(rows, 0), &[us; 2], None);
+        }
+        let four = [load(&cost, 4)];
+        let share = share(&cost, &four, 94_000.0 * 1.75, chunk(512));
+        assert!(share.chunks * f64::from(share.rows) >= 10.0, "{share:?}");
+        assert!(512.0 / share.rows_per_s < 9.0, "{share:?}");
+        // One stream: what a stage has left of 105 ms.
+        let one = super::share(&cost, &[load(&cost, 1)], 105_000.0, chunk(512));
+        assert_eq!((one.chunks as u32, one.rows), (1, 7));
     }
 }

@@ -1,5 +1,6 @@
 //! What things take: stages, links and the driver as functions of what they are given. All in nanoseconds of virtual
 //! time.
+use capstan_proto::data::Row;
 
 /// Nanoseconds of virtual time.
 pub type Ns = u64;
@@ -27,6 +28,15 @@ impl Shape {
         Self { rows, outputs, depth: n * from + n * (n + 1) / 2 }
     }
 
+    /// These rows together.
+    pub fn of(rows: &[Row]) -> Self {
+        Self {
+            rows: rows.len() as u32,
+            outputs: rows.iter().filter(|r| r.output).count() as u32,
+            depth: rows.iter().map(|r| u64::from(r.pos) + 1).sum(),
+        }
+    }
+
     /// One row each of sequences at these depths.
     pub fn decode(depths: &[u32]) -> Self {
         let n = depths.len() as u32;
@@ -42,6 +52,14 @@ pub enum RowCost {
     /// Kernels that take so many rows at once for so long, the widest first and one of a single row last. Rows that
     /// are left over go to the next narrower one, or fill the wide one in part when that is faster.
     Tiles(Vec<(u32, f64)>),
+    /// As measured: microseconds of so many rows, ascending, with straight lines between them. Rows that all want logits
+    /// and rows of a prompt are apart.
+    Measured {
+        /// Of sequences that decode.
+        decode: Vec<(u32, f64)>,
+        /// Of a prompt.
+        prefill: Vec<(u32, f64)>,
+    },
     /// Weights are read while rows are computed; whichever takes longer counts. More rows ask for more experts.
     Experts {
         /// Time to read the weights that every row needs.
@@ -58,9 +76,11 @@ pub enum RowCost {
 }
 
 impl RowCost {
-    fn us(&self, rows: u32) -> f64 {
+    fn us(&self, rows: u32, decode: bool) -> f64 {
         let n = f64::from(rows);
         match *self {
+            Self::Measured { decode: ref points, .. } if decode => line_us(points, n),
+            Self::Measured { prefill: ref points, .. } => line_us(points, n),
             Self::Linear(us) => n * us,
             Self::Tiles(ref tiles) => tiles_us(tiles, rows),
             Self::Experts { dense_us, experts, used, expert_us, row_us } => {
@@ -69,6 +89,13 @@ impl RowCost {
             }
         }
     }
+}
+
+fn line_us(points: &[(u32, f64)], rows: f64) -> f64 {
+    let above = points.iter().position(|(n, _)| f64::from(*n) >= rows).unwrap_or(points.len());
+    let at = above.clamp(1, points.len().saturating_sub(1).max(1));
+    let Some([(n0, us0), (n1, us1)]) = points.get(at - 1..=at) else { return points.first().map_or(0.0, |p| p.1) };
+    us0 + (us1 - us0) * (rows - f64::from(*n0)) / f64::from(n1 - n0)
 }
 
 fn tiles_us(tiles: &[(u32, f64)], rows: u32) -> f64 {
@@ -103,6 +130,10 @@ impl StageCost {
         let rows = match self.rows.clone() {
             RowCost::Linear(us) => RowCost::Linear(us * factor),
             RowCost::Tiles(tiles) => RowCost::Tiles(tiles.into_iter().map(|(n, us)| (n, us * factor)).collect()),
+            RowCost::Measured { mut decode, mut prefill } => {
+                decode.iter_mut().chain(&mut prefill).for_each(|(_, us)| *us *= factor);
+                RowCost::Measured { decode, prefill }
+            }
             RowCost::Experts { dense_us, experts, used, expert_us, row_us } => RowCost::Experts {
                 dense_us: dense_us * factor,
                 experts,
@@ -127,7 +158,7 @@ impl StageCost {
         }
         let depth = self.depth_us * shape.depth as f64;
         let head = if shape.outputs > 0 { self.head_us } else { 0.0 };
-        ns(self.fixed_us + self.rows.us(shape.rows) + depth + head)
+        ns(self.fixed_us + self.rows.us(shape.rows, shape.outputs == shape.rows) + depth + head)
     }
 }
 
@@ -195,6 +226,10 @@ pub struct Profile {
     pub width: u32,
     /// How far a stage's time strays from its cost: 0.05 is up to five percent either way.
     pub jitter: f64,
+    /// How far what the measurement at the start finds is from what rows take later, each number of rows by itself.
+    pub mismeasured: f64,
+    /// How much longer a stage takes while others work, too: stages of one machine share its memory.
+    pub contention: f64,
 }
 
 /// Bytes of a frame besides hidden states: prefixes, epoch, step, times.
@@ -206,7 +241,15 @@ impl Profile {
     /// Equal stages and links.
     pub fn even(stages: usize, cost: StageCost, link: LinkCost, width: u32) -> Self {
         let driver = DriverCost { batch_us: 10.0, row_us: 1.0, output_us: 20.0, draft_us: 0.0 };
-        Self { stages: vec![cost; stages], links: vec![link; stages], driver, width, jitter: 0.0 }
+        Self {
+            stages: vec![cost; stages],
+            links: vec![link; stages],
+            driver,
+            width,
+            jitter: 0.0,
+            mismeasured: 0.0,
+            contention: 0.0,
+        }
     }
 
     /// Bytes of a micro-batch of so many rows on a link.
@@ -221,6 +264,14 @@ impl Profile {
             return own;
         }
         own + self.driver.sample_ns(shape.outputs) + self.driver.send_ns(shape.rows)
+    }
+
+    /// The same of a micro-batch that is computed in several runs, one after the other.
+    pub fn stage_runs_ns(&self, i: usize, runs: &[Shape]) -> Ns {
+        let own = runs.iter().map(|run| self.stages[i].ns(*run)).sum::<Ns>();
+        let all = |of: fn(&Shape) -> u32| runs.iter().map(of).sum::<u32>();
+        let driver = self.driver.sample_ns(all(|s| s.outputs)) + self.driver.send_ns(all(|s| s.rows));
+        if i + 1 < self.stages.len() { own } else { own + driver }
     }
 
     /// Time from its being planned until its tokens are sampled, when nothing is in its way.
@@ -253,15 +304,22 @@ mod tests {
     #[test]
     fn kernels_take_rows_in_groups() {
         let rows = RowCost::Tiles(vec![(4, 100.0), (1, 40.0)]);
-        assert_eq!([1, 2, 3, 4, 5, 8].map(|n| rows.us(n)), [40.0, 80.0, 100.0, 100.0, 140.0, 200.0]);
+        assert_eq!([1, 2, 3, 4, 5, 8].map(|n| rows.us(n, true)), [40.0, 80.0, 100.0, 100.0, 140.0, 200.0]);
     }
 
     #[test]
     fn experts_are_read_once_and_rows_are_computed() {
         let rows = RowCost::Experts { dense_us: 10.0, experts: 64.0, used: 2.0, expert_us: 1.0, row_us: 2.0 };
-        assert_eq!(rows.us(1), 12.0);
-        assert!((13.9..14.0).contains(&rows.us(2)), "{}", rows.us(2));
-        assert_eq!(rows.us(1000), 2000.0);
+        assert_eq!(rows.us(1, true), 12.0);
+        assert!((13.9..14.0).contains(&rows.us(2, true)), "{}", rows.us(2, true));
+        assert_eq!(rows.us(1000, true), 2000.0);
+    }
+
+    #[test]
+    fn between_measured_sizes_the_line_is_straight() {
+        let rows = RowCost::Measured { decode: vec![(1, 30.0), (2, 50.0), (4, 60.0)], prefill: vec![(1, 7.0)] };
+        assert_eq!([1, 2, 3, 4, 8].map(|n| rows.us(n, true)), [30.0, 50.0, 55.0, 60.0, 80.0]);
+        assert_eq!(rows.us(3, false), 7.0);
     }
 
     #[test]

@@ -26,14 +26,16 @@ pub struct Frame {
 }
 
 impl Frame {
-    /// What it asks of the next stage.
+    /// What it asks of the next stage: rows of slots that follow each other are computed together, others one run after
+    /// the other, as llama.cpp does where each sequence has a KV stream of its own.
+    pub fn runs(&self) -> impl Iterator<Item = Shape> {
+        let runs = self.batch.rows.chunk_by(|a, b| a.slot == b.slot || a.slot + 1 == b.slot);
+        runs.map(Shape::of)
+    }
+
+    /// All of it.
     pub fn shape(&self) -> Shape {
-        let rows = &self.batch.rows;
-        Shape {
-            rows: rows.len() as u32,
-            outputs: rows.iter().filter(|r| r.output).count() as u32,
-            depth: rows.iter().map(|r| u64::from(r.pos) + 1).sum(),
-        }
+        Shape::of(&self.batch.rows)
     }
 }
 
@@ -125,8 +127,14 @@ impl Station {
     }
 
     /// Computes a micro-batch: gives the time it takes, and the logits of the last stage. `void` rows are not computed,
-    /// nor are those that a notice named; operations always are applied.
-    pub fn compute(&mut self, frame: &mut Frame, i: usize, void: bool, on: &Clock) -> Result<(Ns, Vec<f32>), String> {
+    /// nor are those that a notice named; operations always are applied. `crowded` says whether other stages work at the same time.
+    pub fn compute(
+        &mut self,
+        frame: &mut Frame,
+        i: usize,
+        (void, crowded): (bool, bool),
+        on: &Clock,
+    ) -> Result<(Ns, Vec<f32>), String> {
         let step = frame.batch.step;
         if self.marked.remove(&step) || void {
             frame.batch.rows.clear();
@@ -153,7 +161,12 @@ impl Station {
         let shape = frame.shape();
         let ops = frame.batch.ops.len() as f64 * on.profile.stages[i].op_us;
         let stray = 2.0 * unit(mix(mix(on.seed, step), i as u64)) - 1.0;
-        let time = on.profile.stages[i].ns(shape) as f64 * (1.0 + on.profile.jitter * stray) + ops * 1000.0;
+        let cost = &on.profile.stages[i];
+        let own = if shape.rows == 0 { cost.ns(shape) } else { frame.runs().map(|run| cost.ns(run)).sum::<Ns>() };
+        let crowded = if crowded { on.profile.contention } else { 0.0 };
+        let mistaken = 2.0 * unit(mix(mix(on.seed, 0x3EA5), u64::from(shape.rows))) - 1.0;
+        let mistaken = if frame.kind == BatchKind::Measure { on.profile.mismeasured * mistaken } else { 0.0 };
+        let time = own as f64 * (1.0 + on.profile.jitter * stray) * (1.0 + mistaken) * (1.0 + crowded) + ops * 1000.0;
         let time = time.round() as Ns;
         frame.spent_ns.push(if shape.rows > 0 { time } else { 0 });
         Ok((time, logits))

@@ -191,5 +191,7 @@ fn profile(dice: &mut Dice, stages: usize, drafts: bool) -> Profile {
         driver,
         width: *dice.pick(&[64, 1024, 7168]),
         jitter: *dice.pick(&[0.0, 0.05, 0.3]),
+        mismeasured: 0.0,
+        contention: 0.0,
     }
 }

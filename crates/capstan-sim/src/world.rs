@@ -123,7 +123,8 @@ pub struct World {
 
 impl World {
     /// A pipeline in a fresh epoch.
-    pub fn new(setup: Setup) -> Result<Self, Failure> {
+    pub fn new(mut setup: Setup) -> Result<Self, Failure> {
+        setup.config.draft = setup.profile.driver.draft_us > 0.0;
         let failed = |what: String| Failure { at_ns: 0, what };
         let stages = setup.config.stages;
         if setup.profile.stages.len() != usize::from(stages) || setup.profile.links.len() != usize::from(stages) {
@@ -326,17 +327,23 @@ impl World {
         if stage + 1 == self.stations.len() {
             return self.drive();
         }
+        let crowded = self.is_crowded();
         let station = &mut self.stations[stage];
         if station.current.is_some() {
             return Ok(());
         }
         let Some(mut frame) = station.waiting.pop_front() else { return Ok(()) };
-        let (time, _) = station.compute(&mut frame, stage, false, &self.clock)?;
+        let (time, _) = station.compute(&mut frame, stage, (false, crowded), &self.clock)?;
         let (step, rows) = (frame.batch.step, frame.batch.rows.len());
         station.current = Some(frame);
         self.note(|| format!("stage {stage} computes step {step}, {rows} rows, {} µs", time / 1000));
         self.foresee(self.now + time, Event::Computed(stage));
         Ok(())
+    }
+
+    /// Whether stages work at the same time, as they do when more than one micro-batch is under way.
+    fn is_crowded(&self) -> bool {
+        self.engine.counters().in_flight > 1
     }
 
     fn computed(&mut self, stage: usize) -> Result<(), String> {

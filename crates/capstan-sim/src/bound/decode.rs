@@ -33,6 +33,24 @@ pub fn round_ns(profile: &Profile, batches: &[Shape]) -> Ns {
     links.chain(through).fold(busiest, Ns::max)
 }
 
+/// The same of micro-batches that stages compute in runs, one after the other.
+fn round_runs_ns(profile: &Profile, batches: &[Vec<Shape>]) -> Ns {
+    let of = |i: usize| batches.iter().map(move |b| profile.stage_runs_ns(i, b));
+    let busiest = (0..profile.stages.len()).map(|i| of(i).sum::<Ns>()).max().unwrap_or(0);
+    let rows = |b: &[Shape]| b.iter().map(|run| run.rows).sum::<u32>();
+    let links = profile.links.iter().filter(|_| profile.stages.len() > 1);
+    let links = links.map(|l| batches.iter().map(|b| l.sending_ns(profile.bytes(rows(b)))).sum::<Ns>());
+    let own = |b: &Vec<Shape>| (0..profile.stages.len()).map(|i| profile.stage_runs_ns(i, b)).sum::<Ns>();
+    let through = batches.iter().map(|b| own(b) + profile.hops_ns(rows(b)));
+    links.chain(through).fold(busiest, Ns::max)
+}
+
+/// The runs of consecutive slots of a group of slots and depths.
+fn runs(group: &[(u32, u32)]) -> Vec<Shape> {
+    let runs = group.chunk_by(|a, b| a.0 + 1 == b.0);
+    runs.map(|run| Shape::decode(&run.iter().map(|(_, depth)| *depth).collect::<Vec<_>>())).collect()
+}
+
 /// The best dealing of so many sequences of one depth, at most `batch_max` in a micro-batch.
 pub fn best_equal(profile: &Profile, sequences: usize, depth: u32, batch_max: usize) -> Dealt {
     assert!(sequences <= EQUAL_MAX, "too many dealings to try");
@@ -50,14 +68,14 @@ pub fn best_equal(profile: &Profile, sequences: usize, depth: u32, batch_max: us
     best
 }
 
-/// The best dealing of sequences of these depths.
-pub fn best_different(profile: &Profile, depths: &[u32], batch_max: usize) -> Dealt {
-    assert!(depths.len() <= DIFFERENT_MAX, "too many dealings to try");
+/// The best dealing of sequences in these slots, ascending, of these depths.
+pub fn best_different(profile: &Profile, sequences: &[(u32, u32)], batch_max: usize) -> Dealt {
+    assert!(sequences.len() <= DIFFERENT_MAX, "too many dealings to try");
     let mut best = Dealt { sizes: Vec::new(), round_ns: Ns::MAX };
-    let mut groups: Vec<Vec<u32>> = Vec::new();
-    set_partitions(depths, batch_max, &mut groups, &mut |groups| {
-        let batches: Vec<Shape> = groups.iter().map(|g| Shape::decode(g)).collect();
-        let round_ns = round_ns(profile, &batches);
+    let mut groups: Vec<Vec<(u32, u32)>> = Vec::new();
+    set_partitions(sequences, batch_max, &mut groups, &mut |groups| {
+        let batches: Vec<Vec<Shape>> = groups.iter().map(|g| runs(g)).collect();
+        let round_ns = round_runs_ns(profile, &batches);
         if round_ns < best.round_ns {
             let mut sizes: Vec<usize> = groups.iter().map(Vec::len).collect();
             sizes.sort_unstable_by(|a, b| b.cmp(a));
@@ -80,7 +98,7 @@ fn partitions(left: usize, max: usize, sizes: &mut Vec<usize>, visit: &mut dyn F
 }
 
 /// Every way to put these into groups: the next one joins each group there is, or opens one.
-fn set_partitions(left: &[u32], max: usize, groups: &mut Vec<Vec<u32>>, visit: &mut dyn FnMut(&[Vec<u32>])) {
+fn set_partitions<T: Copy>(left: &[T], max: usize, groups: &mut Vec<Vec<T>>, visit: &mut dyn FnMut(&[Vec<T>])) {
     let Some((first, rest)) = left.split_first() else { return visit(groups) };
     for i in 0..groups.len() {
         if groups[i].len() < max {
@@ -136,8 +154,12 @@ mod tests {
     #[test]
     fn depths_are_balanced() {
         let profile = free_driver(2, StageCost::linear(0.0, 1.0, 1.0));
-        let dealt = best_different(&profile, &[300, 100, 100, 100], 64);
+        let dealt = best_different(&profile, &[(0, 300), (1, 100), (2, 100), (3, 100)], 64);
         // On each stage all depths count; the deepest micro-batch alone is 2 x 301.
         assert_eq!(dealt.round_ns, 604_000);
+        // Slots that do not follow each other are computed one after the other.
+        let cost = StageCost::linear(100.0, 10.0, 0.0);
+        let dealt = best_different(&free_driver(2, cost), &[(0, 9), (1, 9), (5, 9), (6, 9)], 64);
+        assert_eq!((dealt.sizes, dealt.round_ns), (vec![2, 2], 240_000));
     }
 }

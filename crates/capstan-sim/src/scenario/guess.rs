@@ -14,6 +14,8 @@ use crate::world::{Setup, World};
 const ANSWER: u32 = 600;
 /// Tokens of the passage that an answer follows.
 const PASSAGE: u32 = 300;
+/// How many guesses are right when all of a draft model are.
+const DRAFT_RIGHT: Wanted = Wanted::AtLeast(0.97);
 /// How much slower than without guesses an answer may be that cannot be guessed.
 const NEVER_SLOWER: Wanted = Wanted::AtLeast(0.97);
 
@@ -75,6 +77,16 @@ pub fn draft(options: &Options) -> Result<Vec<Figure>, Broken> {
                 let stream = Stream { text: &Text::free(options.seed), draft_right: f64::from(percent) / 100.0, ..ONE };
                 figures.push(gain(&case, profile, stream)?.wanted(NEVER_SLOWER));
             }
+        }
+        // Where n-grams mislead a draft that is always right, it must have the word.
+        for percent in [50, 70, 90] {
+            let case = options.case("draft", stages, format!("all drafts are right, {percent} % repeated"));
+            let profile = drafting(Machine::Weights.pipeline(stages), 0.05);
+            let text = Text { follow: f64::from(percent) / 100.0, ..repeating(options.seed, 512) };
+            let stream = Stream { text: &text, draft_right: 1.0, ..ONE };
+            let config = config(stages, 1, PASSAGE + ANSWER + 2, 512);
+            let run = run(&case, config, &profile, stream)?;
+            figures.push(case.figure().value("guesses that are right", run.accepted, "").wanted(DRAFT_RIGHT));
         }
     }
     Ok(figures)

@@ -109,7 +109,15 @@ pub fn profile() -> Profile {
     let stages = best.unwrap_or_default();
     let link = LinkCost { latency_us: 150.0, bytes_per_s: 587e6 };
     let driver = DriverCost { batch_us: 30.0, row_us: 3.0, output_us: 150.0, draft_us: 0.0 };
-    Profile { links: vec![link; stages.len()], stages, driver, width: HIDDEN as u32, jitter: 0.0 }
+    Profile {
+        links: vec![link; stages.len()],
+        stages,
+        driver,
+        width: HIDDEN as u32,
+        jitter: 0.0,
+        mismeasured: 0.0,
+        contention: 0.0,
+    }
 }
 
 /// The forecast.
@@ -144,7 +152,7 @@ pub fn four_machines(options: &Options) -> Result<Vec<Figure>, Broken> {
             world.submit_at(begin, free_request(seed, 256, 700, 512));
         }
         case.run(&mut world)?;
-        let Some((from, to)) = steady_window(&world, 64) else {
+        let Some((from, to)) = steady_window(world.requests().iter(), 64) else {
             figures.push(case.figure().value("total decode", 0.0, "tok/s").wanted(Wanted::AtLeast(1.0)));
             continue;
         };

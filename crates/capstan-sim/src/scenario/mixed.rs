@@ -6,16 +6,17 @@ use crate::bound::beside::{Beside, prompt_ns};
 use crate::cost::{Ns, Profile};
 use crate::figure::{Figure, Wanted};
 use crate::log::quantile;
-use crate::profiles::Machine;
+use crate::profiles::{Machine, two_cores};
 use crate::world::{Setup, World};
 
-/// The prompt that comes in.
+/// The prompts that come in.
 const PROMPT: u32 = 2048;
+const SHORT: u32 = 512;
 /// What each of the others has said before its time between tokens counts, and before the prompt comes.
-const SETTLED: usize = 32;
-const CALM: usize = 128;
-/// How near a prompt must come to the time that the share leaves it: far enough from starving.
-const PROMPT_SHARE: Wanted = Wanted::AtLeast(0.5);
+const SETTLED: usize = 64;
+const CALM: usize = 160;
+/// How near a prompt must come to the time that the share leaves it.
+const PROMPT_SHARE: Wanted = Wanted::AtLeast(0.8);
 /// Whoever decodes waits for a token less than twice as long.
 const DECODE_SHARE: Wanted = Wanted::Below(2.0);
 
@@ -26,14 +27,26 @@ pub fn prompt_beside_decode(options: &Options) -> Result<Vec<Figure>, Broken> {
         for stages in [2, 4, 8] {
             for (decoders, of) in [(1, "1 decodes"), (4, "4 decode")] {
                 let case = options.case("mixed", stages, format!("{}, {of}", machine.name()));
-                figures.extend(run(&case, machine.pipeline(stages), decoders)?);
+                figures.extend(run(&case, machine.pipeline(stages), decoders, PROMPT)?);
             }
         }
+    }
+    for prompt in [SHORT, PROMPT] {
+        for (decoders, of) in [(1, "1 decodes"), (4, "4 decode"), (8, "8 decode")] {
+            figures.extend(run(&options.case("mixed", 2, format!("two cores, {of}")), two_cores(), decoders, prompt)?);
+        }
+    }
+    // How long the prompt takes is not judged here: its bound knows nothing of cores that slow each other down.
+    let crowded = Profile { contention: 0.2, ..two_cores() };
+    for (decoders, of) in [(1, "1 decodes"), (4, "4 decode")] {
+        let case = options.case("mixed", 2, format!("two cores that share their memory, {of}"));
+        let [waits, comes] = run(&case, crowded.clone(), decoders, PROMPT)?;
+        figures.extend([waits, Figure { wanted: None, ok: true, ..comes }]);
     }
     Ok(figures)
 }
 
-fn run(case: &Case, profile: Profile, decoders: usize) -> Result<[Figure; 2], Broken> {
+fn run(case: &Case, profile: Profile, decoders: usize, rows: u32) -> Result<[Figure; 2], Broken> {
     let config = config(case.stages, decoders + 1, 16384, 512);
     let beside = Beside {
         sequences: decoders,
@@ -42,7 +55,7 @@ fn run(case: &Case, profile: Profile, decoders: usize) -> Result<[Figure; 2], Br
         chunk_max: config.chunk,
     };
     let setup = Setup { trace: case.trace, ..Setup::new(config, profile.clone(), case.seed) };
-    let alone = ttft_alone(case, setup.clone())? as f64 / 1e6;
+    let alone = ttft_alone(case, setup.clone(), rows)? as f64 / 1e6;
     let n_vocab = setup.n_vocab;
     let mut world = World::new(setup).map_err(|f| case.broken(f, &[]))?;
     case.run(&mut world)?;
@@ -57,7 +70,7 @@ fn run(case: &Case, profile: Profile, decoders: usize) -> Result<[Figure; 2], Br
     let settled = world.now();
     world.run_until(|w| said(w, CALM)).map_err(|f| case.broken(f, world.trace()))?;
     let calm = world.now();
-    let prompt = world.submit_at(calm, free_request(seeds.next().unwrap_or(2), PROMPT, 1, n_vocab));
+    let prompt = world.submit_at(calm, free_request(seeds.next().unwrap_or(2), rows, 1, n_vocab));
     let ended = |w: &World| w.requests()[prompt.0 as usize].end.is_some();
     world.run_until(ended).map_err(|f| case.broken(f, world.trace()))?;
     let end = world.now();
@@ -71,21 +84,24 @@ fn run(case: &Case, profile: Profile, decoders: usize) -> Result<[Figure; 2], Br
         quantile(&mut gaps, 0.95) as f64 / 1e6
     };
     let (unloaded, loaded) = (p95(settled, calm), p95(calm, end));
-    let waits = case.figure().value("ITL p95 beside a prompt", loaded, "ms").against(unloaded, false);
-    let best = prompt_ns(&profile, PROMPT, beside) as f64 / 1e6;
+    let waits = case
+        .figure()
+        .value(if rows == PROMPT { "ITL p95 beside 2048" } else { "ITL p95 beside 512" }, loaded, "ms")
+        .against(unloaded, false);
+    let best = prompt_ns(&profile, rows, beside) as f64 / 1e6;
     let took = (end - calm) as f64 / 1e6;
-    let mut comes = case.figure().value("TTFT of 2048 beside them", took, "ms").against(best, true);
-    comes.case = format!("{} ({alone:.0} ms alone)", comes.case);
+    let mut comes = case.figure().value("TTFT beside them", took, "ms").against(best, true);
+    comes.case = format!("{}, {rows} tokens ({alone:.0} ms alone)", comes.case);
     Ok([waits.wanted(DECODE_SHARE), comes.wanted(PROMPT_SHARE)])
 }
 
 /// Time to the first token of the prompt when nobody else is there.
-fn ttft_alone(case: &Case, setup: Setup) -> Result<Ns, Broken> {
+fn ttft_alone(case: &Case, setup: Setup, rows: u32) -> Result<Ns, Broken> {
     let n_vocab = setup.n_vocab;
     let mut world = World::new(setup).map_err(|f| case.broken(f, &[]))?;
     case.run(&mut world)?;
     let begin = world.now();
-    world.submit_at(begin, free_request(case.seed, PROMPT, 1, n_vocab));
+    world.submit_at(begin, free_request(case.seed, rows, 1, n_vocab));
     case.run(&mut world)?;
     Ok(world.requests()[0].ttft_ns().unwrap_or(0))
 }

@@ -20,7 +20,7 @@ use capstan_engine::EngineConfig;
 use crate::cost::Ns;
 use crate::dice::{Dice, mix};
 use crate::figure::Figure;
-use crate::log::Request;
+use crate::log::{Request, RequestLog};
 use crate::text::Text;
 use crate::world::{Failure, World};
 
@@ -108,8 +108,9 @@ impl Options {
 pub type Scenario = fn(&Options) -> Result<Vec<Figure>, Broken>;
 
 /// All of them, in the order of the table.
-pub const ALL: [(&str, Scenario); 8] = [
+pub const ALL: [(&str, Scenario); 9] = [
     ("decode", decode::saturated),
+    ("decode-learnt", decode::learnt),
     ("decode-unequal", decode::unequal),
     ("prefill", prefill::alone),
     ("mixed", mixed::prompt_beside_decode),
@@ -135,9 +136,12 @@ pub(crate) fn config(stages: usize, slots: usize, ctx: u32, chunk: u32) -> Engin
 }
 
 /// A window in which every one of these requests was decoding: after each has said `skip` tokens, and before any ended.
-pub(crate) fn steady_window(world: &World, skip: usize) -> Option<(Ns, Ns)> {
-    let from = world.requests().iter().map(|r| r.token_ns.get(skip).copied()).max()??;
-    let to = world.requests().iter().map(|r| r.token_ns.last().copied()).min()??;
+pub(crate) fn steady_window<'a>(
+    requests: impl Iterator<Item = &'a RequestLog> + Clone,
+    skip: usize,
+) -> Option<(Ns, Ns)> {
+    let from = requests.clone().map(|r| r.token_ns.get(skip).copied()).max()??;
+    let to = requests.map(|r| r.token_ns.last().copied()).min()??;
     (from < to).then_some((from, to))
 }
 

@@ -109,7 +109,8 @@ impl World {
         if !void && frame.batch.rows.len() != frame.tokens.len() {
             return Err(format!("step {} was dropped on its way, but is not void", frame.batch.step));
         }
-        let (time, logits) = self.stations[last].compute(&mut frame, last, void, &self.clock)?;
+        let crowded = self.is_crowded();
+        let (time, logits) = self.stations[last].compute(&mut frame, last, (void, crowded), &self.clock)?;
         let sampling_ns = self.clock.profile.driver.sample_ns(frame.shape().outputs);
         let (step, rows) = (frame.batch.step, frame.batch.rows.len());
         self.note(|| format!("stage {last} computes step {step}, {rows} rows, {} µs", time / 1000));
