@@ -10,6 +10,8 @@ use crate::throttle::Throttle;
 /// Decode micro-batches after which the dealing is looked at again though nothing happened: sequences grow longer and
 /// costs are measured anew.
 const LOOK_EVERY: u32 = 64;
+/// The same after a change, doubled each time: what the new groups cost was perhaps never observed.
+const LOOK_FIRST: u32 = 8;
 /// Micro-batches for which a dealing is tried whose cost is not known for certain: enough to correct an estimate that is
 /// a third off.
 const TRIAL: u32 = 6;
@@ -62,8 +64,11 @@ pub(crate) struct Dealer {
     changed: bool,
     /// Whether a prompt came in when the groups were looked at last.
     beside: bool,
-    /// Micro-batches until the next look, and since the last trial.
+    /// Micro-batches until the next look.
     look_in: u32,
+    /// How many lay between the last two looks.
+    waited: u32,
+    /// Micro-batches since the last trial.
     since_trial: Option<u32>,
     /// How long a step of the best dealing takes when no prompt comes in.
     plain_us: f64,
@@ -127,7 +132,8 @@ impl Dealer {
         debug_assert!(members.iter().map(|m| m.slot).eq(self.slots()));
         let regular = self.look_in == 0;
         let same_prompt = self.beside && beside && !self.changed;
-        (self.beside, self.look_in) = (beside, LOOK_EVERY);
+        let wait = if regular && !self.changed { (2 * self.waited).clamp(LOOK_FIRST, LOOK_EVERY) } else { LOOK_FIRST };
+        (self.beside, self.look_in, self.waited) = (beside, wait, wait);
         let all = dealing::dealings(cost, members, limits.groups_max, limits.group_max);
         if self.changed {
             self.throttle.forget();

@@ -1,5 +1,5 @@
 //! The scheduler as a state machine: requests go in, micro-batches come out, micro-batches return, tokens go in.
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 
 use capstan_proto::RequestId;
 use capstan_proto::data::{KvOp, Rollback, Row};
@@ -512,12 +512,20 @@ impl Engine {
         if !self.is_idle() {
             return None;
         }
-        let slot = self.slots.empty()?;
+        let empty = self.slots.empty();
+        let &first = empty.first()?;
         let work = self.measure.take()?;
-        let rows: Vec<Row> = (0..work.rows).map(|pos| Row { slot, pos, output: work.decode }).collect();
+        // Rows that decode are of as many sequences, whose attention cannot be computed together; where too few neighbours
+        // are empty, what is measured is a little less.
+        let neighbours = |slots: &&[u32]| work.decode && slots.windows(2).all(|pair| pair[0] + 1 == pair[1]);
+        let rows: Vec<Row> = match empty.get(..work.rows as usize).filter(neighbours) {
+            Some(slots) => slots.iter().map(|&slot| Row { slot, pos: 0, output: true }).collect(),
+            None => (0..work.rows).map(|pos| Row { slot: first, pos, output: work.decode }).collect(),
+        };
+        let used: BTreeSet<u32> = rows.iter().map(|row| row.slot).collect();
         let (outputs, tokens) = (if work.decode { work.rows } else { 0 }, vec![0; rows.len()]);
         let planned = self.plan(BatchKind::Measure, Vec::new(), outputs, vec![work], rows, tokens);
-        self.ops.push(KvOp::Clear { slot });
+        self.ops.extend(used.into_iter().map(|slot| KvOp::Clear { slot }));
         Some(planned)
     }
 

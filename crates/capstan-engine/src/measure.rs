@@ -29,8 +29,7 @@ impl Measure {
         let sizes = |max: u32| (0..).map(|i| 1u32 << i).take_while(move |n| *n <= max.min(config.ctx));
         // Decode first: most of the time is spent there.
         let decode = sizes(config.decode_batch.min(config.slots).min(config.chunk));
-        // All of a measurement's rows are of one sequence.
-        let decode = decode.map(|rows| Work { decode: true, ..Work::prefill(rows, 0) });
+        let decode = decode.map(|rows| Work::decode(rows, u64::from(rows)));
         let prefill = sizes(config.chunk).map(|rows| Work::prefill(rows, 0));
         Self { todo: [Work::decode(1, 1)].into_iter().chain(decode).chain(prefill).collect(), spent_us: 0, warm: false }
     }

@@ -36,9 +36,10 @@ impl Slots {
         self.iter().count() as u32
     }
 
-    /// A slot that holds nothing at all.
-    pub fn empty(&self) -> Option<u32> {
-        self.slots.iter().position(|s| s.sequence.is_none() && s.left.is_empty()).map(|i| i as u32)
+    /// Slots that hold nothing at all, ascending.
+    pub fn empty(&self) -> Vec<u32> {
+        let empty = |(_, s): &(u32, &Slot)| s.sequence.is_none() && s.left.is_empty();
+        (0..).zip(&self.slots).filter(empty).map(|(slot, _)| slot).collect()
     }
 
     /// What each slot holds, for the choice of a seat.
