@@ -105,7 +105,12 @@ class Measurement:
     def ask(self, side, streams, ubatch=512, deployment=None):
         if side == "rpc":
             return self.peer.run(streams, ubatch)
-        return self.ours.run(streams, deployment or self.plain)
+        answers = self.ours.run(streams, deployment or self.plain)
+        for answer in answers:
+            # A stream that was cut told no usage, and a token that is part of a character comes with the next.
+            if answer.get("n_tokens") is None:
+                answer["n_tokens"] = len(self.prompts.tokenizer.tokens(answer["text"]))
+        return answers
 
     def prefill(self, side, length):
         tokens = scenarios.DEEP_TOKENS if length == 2048 else 1

@@ -8,6 +8,8 @@ use std::collections::BTreeMap;
 /// Weight of a new observation against what was known: a quarter follows a change of load within a few micro-batches
 /// and evens out single outliers.
 const NEW_SHARE: f64 = 0.25;
+/// The same of the first time that a size really comes up, against what was measured of it.
+const FIRST_SHARE: f64 = 0.75;
 /// Sizes above this are noted only where they are multiples of [`ROWS_STEP`], as chunks are but for a prompt's last.
 const EXACT_ROWS_MAX: u32 = 16;
 const ROWS_STEP: u32 = 8;
@@ -79,8 +81,16 @@ impl Curve {
         }
         let cells = work.cells as f64;
         let known = self.points.entry(work.rows).or_insert(Point { us, cells, shallow: None, seen: 0 });
-        known.us += (us - known.us) * NEW_SHARE;
-        known.cells += (cells - known.cells) * NEW_SHARE;
+        // Of what is measured twice the shorter time counts: another program, or another model that was being loaded, may
+        // have had the processor. The first time that really comes up counts for more than all that was measured.
+        let share = match (measured, known.seen) {
+            (true, 0) if us >= known.us => 0.0,
+            (true, 0) => 1.0,
+            (false, 0) => FIRST_SHARE,
+            _ => NEW_SHARE,
+        };
+        known.us += (us - known.us) * share;
+        known.cells += (cells - known.cells) * share;
         if measured {
             return;
         }
@@ -106,6 +116,11 @@ impl Curve {
     /// Whether so many rows were not observed for long, or never: since so many observations of other sizes.
     fn is_stale(&self, rows: u32, observations: u64) -> bool {
         self.points.get(&rows).is_none_or(|p| p.seen == 0 || p.seen + observations <= self.count)
+    }
+
+    /// Whether so many rows never really came up, measured or not.
+    fn is_unseen(&self, rows: u32) -> bool {
+        self.points.get(&rows).is_none_or(|p| p.seen == 0)
     }
 
     /// What attention takes for one cell.
@@ -245,6 +260,11 @@ impl CostModel {
     /// The largest chunk, a power of two, whose cost is known on every stage.
     pub fn explored(&self) -> u32 {
         self.stages.iter().map(|s| s.prefill.largest()).min().unwrap_or(0)
+    }
+
+    /// Whether micro-batches of so many sequences never decoded since the start.
+    pub fn is_unseen(&self, rows: u32) -> bool {
+        self.stages.first().is_some_and(|s| s.decode.is_unseen(rows))
     }
 
     /// Whether decoding so many rows at once was not observed within the last so many micro-batches of other sizes.

@@ -19,6 +19,11 @@ const TRIAL: u32 = 6;
 const TRIAL_EVERY: u32 = 256;
 /// So much longer a step may seem than it is now, to be tried.
 const TRIAL_WORSE: f64 = 1.3;
+/// The same for sizes that never came up, of which there are few: what was measured of them at the start may be wrong by
+/// much.
+const UNSEEN_EVERY: u32 = 32;
+/// See [`UNSEEN_EVERY`].
+const UNSEEN_WORSE: f64 = 2.0;
 /// What was not observed within so many micro-batches of other sizes may have changed.
 const STALE: u64 = 4096;
 /// Groups are not changed for a prompt where a step of them without it takes more than this share of what is allowed.
@@ -138,7 +143,9 @@ impl Dealer {
         if self.changed {
             self.throttle.forget();
         }
-        let now = (!self.changed).then(|| Dealing::of(cost, &self.groups, members));
+        // Groups that were only tried are nothing to hold on to.
+        let tried = std::mem::take(&mut self.trial);
+        let now = (!self.changed && !tried).then(|| Dealing::of(cost, &self.groups, members));
         let Some(plain) = dealing::best(all.clone()) else { return self.deal(Vec::new()) };
         // Stages that share memory slow each other down while a prompt keeps all of them busy. What is learnt meanwhile must
         // not make what is allowed grow, but for those who decode growing deeper.
@@ -151,9 +158,8 @@ impl Dealer {
             (Some(prompt), now) => self.for_prompt(cost, now.unwrap_or(plain), all, prompt),
             (None, None) => plain,
             (None, Some(now)) => {
-                let trial = regular && !beside && limits.trials && self.since_trial.is_none_or(|n| n >= TRIAL_EVERY);
-                self.trial = false;
-                if let Some(other) = trial.then(|| untried(cost, &now, all)).flatten() {
+                let trial = regular && !beside && limits.trials;
+                if let Some(other) = trial.then(|| untried(cost, &now, all, self.since_trial)).flatten() {
                     self.trial = true;
                     (self.look_in, self.since_trial) = (TRIAL.max(4 * other.groups.len() as u32), Some(0));
                     other
@@ -222,9 +228,18 @@ impl Dealer {
 
 /// The best dealing that is nearly as good as this one, or better, if its sizes cost what is believed of them, which was
 /// not observed for long. Else a size that seems dear would never be seen again, and never be known to be cheap.
-fn untried(cost: &CostModel, now: &Dealing, all: Vec<Dealing>) -> Option<Dealing> {
-    let stale = |d: &Dealing| d.sizes().iter().any(|rows| cost.is_stale(*rows as u32, STALE));
-    let near = all.into_iter().filter(|d| d.groups != now.groups && d.step_us < now.step_us * TRIAL_WORSE && stale(d));
+fn untried(cost: &CostModel, now: &Dealing, all: Vec<Dealing>, since_trial: Option<u32>) -> Option<Dealing> {
+    let near = all.into_iter().filter(|d| {
+        let any = |is: &dyn Fn(u32) -> bool| d.run_sizes().any(is);
+        let (worse, every) = match any(&|rows| cost.is_unseen(rows)) {
+            true => (UNSEEN_WORSE, UNSEEN_EVERY),
+            false => (TRIAL_WORSE, TRIAL_EVERY),
+        };
+        d.groups != now.groups
+            && d.step_us < now.step_us * worse
+            && since_trial.is_none_or(|n| n >= every)
+            && any(&|rows| cost.is_stale(rows, STALE))
+    });
     near.min_by(|a, b| a.step_us.total_cmp(&b.step_us))
 }
 

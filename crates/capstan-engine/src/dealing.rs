@@ -102,6 +102,11 @@ impl Dealing {
     pub fn sizes(&self) -> Vec<usize> {
         self.groups.iter().map(Vec::len).collect()
     }
+
+    /// How many neighbours are computed at once, for each run of them.
+    pub fn run_sizes(&self) -> impl Iterator<Item = u32> {
+        self.groups.iter().flat_map(|group| group.chunk_by(|a, b| a + 1 == *b)).map(|run| run.len() as u32)
+    }
 }
 
 /// The best dealing into each number of groups: at most `groups_max` groups of `group_max` sequences each, unless there

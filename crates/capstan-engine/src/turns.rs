@@ -7,7 +7,7 @@ use crate::schedule::Share;
 
 /// Of the rows of its share a prompt gets so much in the first rounds. A group that no chunk was ahead of is back sooner
 /// than later ones: it would wait for the rest of whole chunks, and then trail them.
-const FIRST_PARTS: [f64; 4] = [0.5, 0.7, 0.85, 0.95];
+const FIRST_PARTS: [f64; 4] = [0.5, 0.65, 0.8, 0.9];
 /// Shares are fractions of chunks; so much of one is rounding.
 const ROUNDING: f64 = 1e-6;
 
@@ -105,7 +105,7 @@ mod tests {
             turns.sent_group();
             turns.rows(100)
         });
-        assert_eq!((parts, turns.rows(1)), ([70, 85, 95, 100, 100], 1));
+        assert_eq!((parts, turns.rows(1)), ([65, 80, 90, 100, 100], 1));
         let half = Some(Share { chunks: 1.5, rows: 1, every: 1, rows_per_s: 1.0 });
         assert_eq!(order(half, 1, 11), "cGcGccGcGcc");
     }
