@@ -512,16 +512,7 @@ impl Engine {
         if !self.is_idle() {
             return None;
         }
-        let empty = self.slots.empty();
-        let &first = empty.first()?;
-        let work = self.measure.take()?;
-        // Rows that decode are of as many sequences, whose attention cannot be computed together; where too few neighbours
-        // are empty, what is measured is a little less.
-        let neighbours = |slots: &&[u32]| work.decode && slots.windows(2).all(|pair| pair[0] + 1 == pair[1]);
-        let rows: Vec<Row> = match empty.get(..work.rows as usize).filter(neighbours) {
-            Some(slots) => slots.iter().map(|&slot| Row { slot, pos: 0, output: true }).collect(),
-            None => (0..work.rows).map(|pos| Row { slot: first, pos, output: work.decode }).collect(),
-        };
+        let (work, rows) = self.measure.take(&self.slots.empty())?;
         let used: BTreeSet<u32> = rows.iter().map(|row| row.slot).collect();
         let (outputs, tokens) = (if work.decode { work.rows } else { 0 }, vec![0; rows.len()]);
         let planned = self.plan(BatchKind::Measure, Vec::new(), outputs, vec![work], rows, tokens);

@@ -3,6 +3,8 @@
 //! It runs while nobody asks for anything, and ends where a size takes so long that it would be felt.
 use std::collections::VecDeque;
 
+use capstan_proto::data::Row;
+
 use crate::config::EngineConfig;
 use crate::cost::Work;
 
@@ -40,9 +42,19 @@ impl Measure {
         }
     }
 
-    /// What to measure next.
-    pub fn take(&mut self) -> Option<Work> {
-        self.todo.pop_front()
+    /// What to measure next, with its rows in slots of these, which are empty and ascend.
+    ///
+    /// Rows that decode are of as many sequences, whose attention cannot be computed together; where too few neighbours
+    /// are empty, what is measured is a little less.
+    pub fn take(&mut self, empty: &[u32]) -> Option<(Work, Vec<Row>)> {
+        let &slot = empty.first()?;
+        let work = self.todo.pop_front()?;
+        let neighbours = |slots: &&[u32]| work.decode && slots.windows(2).all(|pair| pair[0] + 1 == pair[1]);
+        let rows = match empty.get(..work.rows as usize).filter(neighbours) {
+            Some(slots) => slots.iter().map(|&slot| Row { slot, pos: 0, output: true }).collect(),
+            None => (0..work.rows).map(|pos| Row { slot, pos, output: work.decode }).collect(),
+        };
+        Some((work, rows))
     }
 
     /// How long it took through all stages. Whether that counts.
@@ -65,7 +77,9 @@ mod tests {
         let config = EngineConfig::new(2, 4, 512, 64);
         let mut m = Measure::new(&config);
         let mut seen = Vec::new();
-        while let Some(work) = m.take() {
+        while let Some((work, batch)) = m.take(&[0, 1, 2, 3]) {
+            assert_eq!(batch.len(), work.rows as usize);
+            assert!(batch.iter().all(|row| row.output == work.decode && (row.pos == 0 || !work.decode)));
             let counted = m.learn(work, u64::from(work.rows) * 50_000);
             assert_eq!(counted, !seen.is_empty());
             seen.push(work);
@@ -73,6 +87,11 @@ mod tests {
         let rows: Vec<(u32, bool)> = seen.iter().map(|w| (w.rows, w.decode)).collect();
         assert_eq!(rows[..4], [(1, true), (1, true), (2, true), (4, true)]);
         assert_eq!(rows[rows.len() - 4..], [(16, false), (1, true), (2, true), (4, true)]);
-        assert!(Measure::new(&EngineConfig { measure: false, ..config }).take().is_none());
+        assert!(Measure::new(&EngineConfig { measure: false, ..config.clone() }).take(&[0]).is_none());
+        // With gaps between them slots do not decode together, and without any there is nothing to measure with.
+        let mut m = Measure::new(&config);
+        assert!(m.take(&[]).is_none());
+        let two = std::iter::from_fn(|| m.take(&[0, 2])).find(|(work, _)| work.rows == 2).unwrap();
+        assert_eq!(two.1.iter().map(|row| (row.slot, row.pos)).collect::<Vec<_>>(), [(0, 0), (0, 1)]);
     }
 }
