@@ -119,7 +119,7 @@ fn piece(filling: Filling, len: usize, row: u64, rng: &mut ChaCha8Rng) -> Vec<u8
         Filling::Blocks => {
             rng.fill_bytes(&mut bytes);
             let span = u16::from(MOST - LEAST) + 1;
-            bytes.iter_mut().for_each(|b| *b = LEAST + (u16::from(*b) * span >> 8) as u8);
+            bytes.iter_mut().for_each(|b| *b = LEAST + ((u16::from(*b) * span) >> 8) as u8);
         }
     }
     bytes
