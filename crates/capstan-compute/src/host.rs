@@ -3,7 +3,6 @@ use std::ffi::OsString;
 use std::process::{ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
 
-use crate::os;
 use capstan_proto::child::{FromChild, ToChild};
 use capstan_proto::codec::{self, CodecError};
 use capstan_proto::limits;
@@ -11,6 +10,8 @@ use capstan_proto::manage::DeviceStatus;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::process::{ChildStdout, Command};
 use tokio::sync::{Notify, mpsc, watch};
+
+use crate::os;
 
 /// Messages that wait for the child's standard input. The child reads them at once, so a longer queue means it hangs.
 const TO_CHILD_QUEUE: usize = 64;

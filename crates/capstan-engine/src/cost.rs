@@ -190,6 +190,11 @@ struct StageCost {
 }
 
 impl StageCost {
+    /// Where such work is noted.
+    fn curve(&mut self, work: Work) -> &mut Curve {
+        if work.decode { &mut self.decode } else { &mut self.prefill }
+    }
+
     fn us(&self, work: Work) -> f64 {
         let (own, other) = if work.decode { (&self.decode, &self.prefill) } else { (&self.prefill, &self.decode) };
         own.us(work).or_else(|| other.us(work)).unwrap_or_else(|| assumed_us(f64::from(work.rows)))
@@ -219,8 +224,7 @@ impl CostModel {
             let expected: Vec<f64> = runs.iter().map(|run| stage.us(*run)).collect();
             let all: f64 = expected.iter().sum::<f64>().max(1.0);
             for (run, of) in runs.iter().zip(expected) {
-                let curve = if run.decode { &mut stage.decode } else { &mut stage.prefill };
-                curve.observe(*run, f64::from(*us) * of / all, false);
+                stage.curve(*run).observe(*run, f64::from(*us) * of / all, false);
             }
         }
     }
@@ -232,8 +236,7 @@ impl CostModel {
 
     fn take_in(&mut self, work: Work, stage_us: &[u32], round_trip_us: Option<u32>, measured: bool) {
         for (stage, us) in self.stages.iter_mut().zip(stage_us).filter(|(_, us)| **us > 0) {
-            let curve = if work.decode { &mut stage.decode } else { &mut stage.prefill };
-            curve.observe(work, f64::from(*us), measured);
+            stage.curve(work).observe(work, f64::from(*us), measured);
         }
         let computed: u64 = stage_us.iter().map(|us| u64::from(*us)).sum();
         if let Some(all) = round_trip_us

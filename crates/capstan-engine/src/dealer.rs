@@ -146,7 +146,7 @@ impl Dealer {
         // Groups that were only tried are nothing to hold on to.
         let tried = std::mem::take(&mut self.trial);
         let now = (!self.changed && !tried).then(|| Dealing::of(cost, &self.groups, members));
-        let Some(plain) = dealing::best(all.clone()) else { return self.deal(Vec::new()) };
+        let Some(plain) = dealing::best(&all).cloned() else { return self.deal(Vec::new()) };
         // Stages that share memory slow each other down while a prompt keeps all of them busy. What is learnt meanwhile must
         // not make what is allowed grow, but for those who decode growing deeper.
         if !same_prompt || plain.step_us > self.plain_us * MISJUDGED {
@@ -337,7 +337,7 @@ mod tests {
         let members = members(&dealer);
         let mut truth = CostModel::new(2);
         TRUE.iter().for_each(|(rows, us)| truth.observe(Work::decode(*rows, 0), &[*us as u32; 2], None));
-        let best = dealing::best(dealing::dealings(&truth, &members, 4, 64)).unwrap().step_us;
+        let best = dealing::best(&dealing::dealings(&truth, &members, 4, 64)).unwrap().step_us;
         let (mut state, mut spent, mut steps) = (seed, 0.0, 0.0);
         for round in 0..1200 {
             if dealer.is_due(false) {

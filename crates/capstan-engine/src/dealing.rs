@@ -98,11 +98,6 @@ impl Dealing {
         Self::new(groups.to_vec(), groups.iter().map(load).collect())
     }
 
-    /// How many are in each group.
-    pub fn sizes(&self) -> Vec<usize> {
-        self.groups.iter().map(Vec::len).collect()
-    }
-
     /// How many neighbours are computed at once, for each run of them.
     pub fn run_sizes(&self) -> impl Iterator<Item = u32> {
         self.groups.iter().flat_map(|group| group.chunk_by(|a, b| a + 1 == *b)).map(|run| run.len() as u32)
@@ -139,9 +134,9 @@ pub fn dealings(cost: &CostModel, members: &[Member], groups_max: usize, group_m
 }
 
 /// The dealing with the shortest step; of almost equal ones that with the fewest groups.
-pub fn best(dealings: Vec<Dealing>) -> Option<Dealing> {
+pub fn best(dealings: &[Dealing]) -> Option<&Dealing> {
     let least = dealings.iter().map(|d| d.step_us).fold(f64::INFINITY, f64::min);
-    dealings.into_iter().filter(|d| d.step_us * WORTH_A_CHANGE <= least).min_by_key(|d| d.groups.len())
+    dealings.iter().filter(|d| d.step_us * WORTH_A_CHANGE <= least).min_by_key(|d| d.groups.len())
 }
 
 /// What every group costs that may be cut from the members.
@@ -296,7 +291,8 @@ mod tests {
         groups_max: usize,
         group_max: usize,
     ) -> Vec<usize> {
-        best(dealings(cost, &members(slots), groups_max, group_max)).map_or_else(Vec::new, |d| d.sizes())
+        let found = dealings(cost, &members(slots), groups_max, group_max);
+        best(&found).map_or_else(Vec::new, |d| d.groups.iter().map(Vec::len).collect())
     }
 
     #[test]
@@ -332,7 +328,8 @@ mod tests {
     #[test]
     fn groups_are_cut_at_gaps() {
         let cost = curve(2, &[(1, 30_000), (2, 47_000), (4, 56_000), (8, 66_000), (16, 130_000)]);
-        let groups = |slots: &[u32]| best(dealings(&cost, &members(slots.iter().copied()), 4, 64)).unwrap().groups;
+        let groups =
+            |slots: &[u32]| best(&dealings(&cost, &members(slots.iter().copied()), 4, 64)).unwrap().groups.clone();
         assert_eq!(groups(&[0, 1, 2, 3]), [[0, 1], [2, 3]]);
         // Two and two of these would be a run of two and two lone ones, one after the other.
         assert_eq!(groups(&[0, 1, 2, 7]), [vec![0, 1, 2], vec![7]]);
@@ -349,7 +346,7 @@ mod tests {
         }
         let depths = [1024, 512, 512, 256, 128, 64, 64, 64];
         let members: Vec<Member> = (0..).zip(depths).map(|(slot, depth)| Member { slot, depth }).collect();
-        let dealt = best(dealings(&cost, &members, 2, 64)).unwrap();
+        let dealt = best(&dealings(&cost, &members, 2, 64)).cloned().unwrap();
         assert!(dealt.groups.len() == 2 && dealt.groups[0].len() < 4, "{dealt:?}");
         let even = Dealing::of(&cost, &[vec![0, 1, 2, 3], vec![4, 5, 6, 7]], &members);
         assert!(dealt.step_us < even.step_us * 0.9);
@@ -377,7 +374,7 @@ mod tests {
                     }
                     least = least.min(Dealing::of(cost, &groups, &members).step_us);
                 }
-                let found = best(dealings(cost, &members, n, 64)).unwrap();
+                let found = best(&dealings(cost, &members, n, 64)).cloned().unwrap();
                 assert!(found.step_us * 0.985 <= least, "{found:?} against {least}");
             }
         }

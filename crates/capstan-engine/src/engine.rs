@@ -346,7 +346,8 @@ impl Engine {
     }
 
     fn deal(&mut self) {
-        let beside = self.slots.next_prefill().is_some() || self.flight.count(BatchKind::Prefill) > 0;
+        let prefill = self.slots.next_prefill();
+        let beside = prefill.is_some() || self.flight.count(BatchKind::Prefill) > 0;
         if !self.dealer.is_due(beside) {
             return;
         }
@@ -356,7 +357,7 @@ impl Engine {
         let limits = Limits { groups_max, group_max, trials: !self.config.fixed_shapes };
         let members = self.members();
         // Shapes that are fixed leave nothing to choose.
-        let prompt = self.slots.next_prefill().filter(|_| !self.config.fixed_shapes).and_then(|slot| self.prompt(slot));
+        let prompt = prefill.filter(|_| !self.config.fixed_shapes).and_then(|slot| self.prompt(slot));
         self.dealer.look(&self.cost, &members, limits, prompt, beside);
         self.turns.set(prompt.map(|p| self.dealer.share_now(&self.cost, &members, p)), self.dealer.groups().len());
     }

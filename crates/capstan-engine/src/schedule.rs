@@ -82,7 +82,8 @@ pub struct Chunk {
     pub rows_now: Option<u32>,
 }
 
-/// The most that may come in of a prompt while groups decode that take this: a round then takes at most `allowed_us`. At least a row now and then: a prompt must come in.
+/// The most that may come in of a prompt while groups decode that take this: a round then takes at most `allowed_us`. At
+/// least a row now and then: a prompt must come in.
 ///
 /// Groups and chunks go round in the ring, each followed by the next. A chunk need not be back before the next one is
 /// sent, so it is only in the way of the group that trails it:

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 
 use crate::GgufError;
 use crate::bytes::FileBytes;
-use crate::model::{Model, check_part, part_path, parts};
+use crate::model::{Model, check_part, other_parts, parts};
 use crate::parse::{self, Header};
 
 /// Bytes to begin with: most headers without a vocabulary, and a tenth of those with one.
@@ -64,17 +64,13 @@ pub fn read(beginnings: &[Beginning]) -> Result<Known, GgufError> {
         contents.push(file);
         headers.push(header);
     }
-    let missing: Option<Vec<PathBuf>> = match beginnings.first() {
-        Some(first) => (beginnings.len() as u32..count).map(|no| part_path(&first.path, no, count)).collect(),
-        None => None,
+    let Some(first) = beginnings.first() else {
+        return Err(GgufError::Split { path: PathBuf::new(), what: "no part of it was given".into() });
     };
-    match missing {
-        Some(missing) if missing.is_empty() => Ok(Known::Model(Box::new(Model::assemble(contents, headers)?))),
-        Some(missing) => Ok(Known::Files(missing)),
-        None => Err(GgufError::Split {
-            path: beginnings.first().map(|b| b.path.clone()).unwrap_or_default(),
-            what: format!("its name does not end in -00001-of-{count:05}.gguf, so the other parts cannot be found"),
-        }),
+    let missing = other_parts(&first.path, beginnings.len() as u32, count)?;
+    match missing.is_empty() {
+        true => Ok(Known::Model(Box::new(Model::assemble(contents, headers)?))),
+        false => Ok(Known::Files(missing)),
     }
 }
 

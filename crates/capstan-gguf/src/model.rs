@@ -46,11 +46,7 @@ impl Model {
         let count = parts(&header.metadata, path)?;
         let mut model_files = vec![bytes];
         let mut headers = vec![header];
-        for no in 1..count {
-            let part = part_path(path, no, count).ok_or_else(|| GgufError::Split {
-                path: path.to_owned(),
-                what: format!("its name does not end in -00001-of-{count:05}.gguf, so the other parts cannot be found"),
-            })?;
+        for (no, part) in (1..count).zip(other_parts(path, 1, count)?) {
             if !part.exists() {
                 return Err(GgufError::MissingPart { path: part, count });
             }
@@ -281,8 +277,17 @@ pub(crate) fn check_part(metadata: &Metadata, path: &Path, no: u32, count: u32) 
     Err(GgufError::Split { path: path.to_owned(), what })
 }
 
+/// The paths of the parts from number `from` on, beside the first one.
+pub(crate) fn other_parts(first: &Path, from: u32, count: u32) -> Result<Vec<PathBuf>, GgufError> {
+    let paths = (from..count).map(|no| part_path(first, no, count)).collect::<Option<_>>();
+    paths.ok_or_else(|| GgufError::Split {
+        path: first.to_owned(),
+        what: format!("its name does not end in -00001-of-{count:05}.gguf, so the other parts cannot be found"),
+    })
+}
+
 /// The path of part `no` (from 0) beside any part of a model of `count` parts, if that part's name has the usual form.
-pub(crate) fn part_path(path: &Path, no: u32, count: u32) -> Option<PathBuf> {
+fn part_path(path: &Path, no: u32, count: u32) -> Option<PathBuf> {
     let name = path.file_name()?.to_str()?;
     let stem = name.strip_suffix(&format!("-of-{count:05}.gguf"))?;
     let (prefix, digits) = stem.split_at_checked(stem.len().checked_sub(6)?)?;

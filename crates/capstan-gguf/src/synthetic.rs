@@ -22,11 +22,9 @@ const PIECE_BYTES: u64 = 4 << 20;
 const LEAST: u8 = 0x08;
 const MOST: u8 = 0x2f;
 
-/// What a tensor is filled with.
+/// What a tensor that is no hole is filled with.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Filling {
-    /// A hole.
-    Zeros,
     /// The same number everywhere, in f32.
     Number(f32),
     /// Numbers from -1 to 1 in f32, divided by the root of the row's length.
@@ -35,18 +33,25 @@ enum Filling {
     Blocks,
 }
 
-fn filling(tensor: &TensorInfo) -> Filling {
+/// Whether a tensor of this name scales what goes through it, so that ones leave that as it is.
+pub fn is_norm_or_scale(name: &str) -> bool {
+    let norm = name.find("norm").is_some_and(|i| name[i..].contains(".weight"));
+    norm || name.contains("scale")
+}
+
+/// None for a hole.
+fn filling(tensor: &TensorInfo) -> Option<Filling> {
     let name = tensor.name.as_str();
     let in_f32 = tensor.ggml_type == types::F32;
-    let norm = name.find("norm").is_some_and(|i| name[i..].contains(".weight")) || name.contains("scale");
-    match (in_f32, name) {
-        (_, "token_embd.weight") if !in_f32 => Filling::Blocks,
-        (true, "token_embd.weight") => Filling::Evenly,
-        (true, _) if name.contains("ssm_a") => Filling::Number(-1.0),
-        (true, _) if norm || name.starts_with("rope_") || name.contains(".rope_") => Filling::Number(1.0),
-        (true, _) if name.ends_with("ffn_gate_inp.weight") => Filling::Evenly,
-        (false, _) if name.ends_with("ffn_gate_inp.weight") => Filling::Blocks,
-        _ => Filling::Zeros,
+    let steers = name == "token_embd.weight" || name.ends_with("ffn_gate_inp.weight");
+    match in_f32 {
+        false => steers.then_some(Filling::Blocks),
+        true if steers => Some(Filling::Evenly),
+        true if name.contains("ssm_a") => Some(Filling::Number(-1.0)),
+        true if is_norm_or_scale(name) || name.starts_with("rope_") || name.contains(".rope_") => {
+            Some(Filling::Number(1.0))
+        }
+        true => None,
     }
 }
 
@@ -63,8 +68,7 @@ pub fn write(
     let Known::Model(model) = beginnings::read(std::slice::from_ref(&beginning))? else {
         return Err(GgufError::Malformed { path: path.to_owned(), what: "its header is not complete".into() });
     };
-    let fillings: Vec<(&TensorInfo, Filling)> =
-        model.tensors().iter().map(|t| (t, filling(t))).filter(|(_, f)| *f != Filling::Zeros).collect();
+    let fillings: Vec<(&TensorInfo, Filling)> = model.tensors().iter().filter_map(|t| Some((t, filling(t)?))).collect();
     let total = header.len() as u64 + fillings.iter().map(|(t, _)| t.bytes).sum::<u64>();
     shard::create(path, total, |out| {
         out.set_len(file_bytes)?;
@@ -107,7 +111,6 @@ fn fill(
 fn piece(filling: Filling, len: usize, row: u64, rng: &mut ChaCha8Rng) -> Vec<u8> {
     let mut bytes = vec![0; len];
     match filling {
-        Filling::Zeros => {}
         Filling::Number(x) => bytes.chunks_exact_mut(4).for_each(|c| c.copy_from_slice(&x.to_le_bytes())),
         Filling::Evenly => {
             let size = 1.0 / (row.max(1) as f32).sqrt();

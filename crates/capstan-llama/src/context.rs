@@ -4,7 +4,7 @@ use std::sync::{Arc, PoisonError};
 
 use capstan_engine::StageOutput;
 use capstan_proto::data::{KvOp, MicroBatch, Payload, Row};
-use capstan_proto::limits::{SCORES_BYTES_MAX, scores_bytes};
+use capstan_proto::limits::scores_bytes;
 use llama_cpp_sys_2 as sys;
 
 use crate::batch::{Batch, RowShape};
@@ -139,8 +139,8 @@ impl Context {
         // In a cache for all, the place of a sequence's cells depends on the others. The fused kernel adds cell after
         // cell and leaves out those of others, so that it gives the same bits wherever they lie; products of vectors do
         // not.
-        let scores = scores_bytes(n_ubatch, per_slot, model.n_head());
-        let written_out = model.on_processor() && !options.kv_unified && scores <= SCORES_BYTES_MAX;
+        let fit = scores_bytes(n_ubatch, per_slot, model.n_head()).is_some();
+        let written_out = fit && model.on_processor() && !options.kv_unified;
         params.flash_attn_type =
             if written_out { sys::LLAMA_FLASH_ATTN_TYPE_DISABLED } else { sys::LLAMA_FLASH_ATTN_TYPE_AUTO };
         params.no_perf = true;

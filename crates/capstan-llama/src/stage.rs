@@ -7,7 +7,7 @@ use capstan_proto::Epoch;
 use capstan_proto::child::{StageInfo, StageSpec};
 use capstan_proto::data::{MicroBatch, Payload, Rollback, Row};
 
-use crate::backend::{DeviceKind, devices, offloads};
+use crate::backend::{DeviceKind, devices};
 use crate::context::{Context, ContextOptions};
 use crate::model::{Model, ModelOptions, Progress};
 use crate::{Capture, LlamaError};
@@ -94,9 +94,9 @@ impl LlamaStage {
     /// Loads it and checks that it does what the architecture table says: one row goes in, and the named node must
     /// appear exactly once with the expected width. It begins in epoch 0 with empty slots.
     pub fn new(options: StageOptions) -> Result<Self, LlamaError> {
-        let device = device_names(options.gpu_layers);
         let model_options = ModelOptions { gpu_layers: options.gpu_layers, mmap: true, progress: options.progress };
         let model = Model::load(&options.path, model_options)?;
+        let device = device_names(model.on_processor());
         if let Some(layers) = options.layers.filter(|l| *l != model.n_layer()) {
             return Err(LlamaError::SelfCheck(format!(
                 "the file has {} layers and {layers} are expected; cut the shard again",
@@ -211,12 +211,13 @@ impl Stage for LlamaStage {
     }
 }
 
-/// The devices that will compute, for people: the graphics cards when layers are offloaded, else the processor.
-fn device_names(gpu_layers: i32) -> String {
-    let all = devices();
-    let named = |wanted: &dyn Fn(DeviceKind) -> bool| {
-        all.iter().filter(|d| wanted(d.kind)).map(|d| d.description.trim().to_owned()).collect::<Vec<_>>().join(", ")
+/// The devices that will compute, for people: the processor alone, or the graphics cards.
+fn device_names(on_processor: bool) -> String {
+    let computes = |kind| match kind {
+        DeviceKind::Cpu => on_processor,
+        DeviceKind::Gpu | DeviceKind::IntegratedGpu => !on_processor,
+        DeviceKind::Accelerator => false,
     };
-    let gpus = named(&|k| matches!(k, DeviceKind::Gpu | DeviceKind::IntegratedGpu));
-    if offloads(gpu_layers) { gpus } else { named(&|k| k == DeviceKind::Cpu) }
+    let named = devices().into_iter().filter(|d| computes(d.kind)).map(|d| d.description.trim().to_owned());
+    named.collect::<Vec<_>>().join(", ")
 }

@@ -2,7 +2,7 @@
 //! it takes to compute.
 use capstan_gguf::ModelProfile;
 use capstan_proto::LayerRange;
-use capstan_proto::limits::{SCORES_BYTES_MAX, scores_bytes};
+use capstan_proto::limits::scores_bytes;
 
 /// llama.cpp rounds the context of a sequence up to a multiple of this.
 const CTX_STEP: u64 = 256;
@@ -105,9 +105,8 @@ impl Sizes {
         let is_last = range.end() == self.layers();
         let head = if is_last { u64::from(self.n_vocab) * 4 * (u64::from(slots) + 1) } else { 0 };
         let cells = u64::from(ctx).next_multiple_of(CTX_STEP).min(u64::from(u32::MAX)) as u32;
-        let scores = scores_bytes(ubatch, cells, self.n_head);
         // The nodes' devices are not asked: where scores are not written out, a little is left over.
-        let scores = if scores <= SCORES_BYTES_MAX { scores } else { 0 };
+        let scores = scores_bytes(ubatch, cells, self.n_head).unwrap_or(0);
         Need {
             weights: sum(&self.weight_bytes, range).saturating_add(if is_last { self.ends_bytes } else { 0 }),
             kv: (sum(&self.kv_bytes_per_token, range).saturating_mul(tokens))

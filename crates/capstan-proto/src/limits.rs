@@ -54,6 +54,8 @@ pub const SCORES_BYTES_MAX: u64 = 512 << 20;
 
 /// Bytes of attention's scores (f32) for a micro-batch of `rows` rows that may each read `cells` rows of the KV cache,
 /// with `heads` heads.
-pub fn scores_bytes(rows: u32, cells: u32, heads: u32) -> u64 {
-    (u64::from(rows) * u64::from(cells)).saturating_mul(u64::from(heads)).saturating_mul(size_of::<f32>() as u64)
+/// None where that is too much for them to be written out.
+pub fn scores_bytes(rows: u32, cells: u32, heads: u32) -> Option<u64> {
+    let scores = (u64::from(rows) * u64::from(cells)).saturating_mul(u64::from(heads));
+    Some(scores.saturating_mul(size_of::<f32>() as u64)).filter(|bytes| *bytes <= SCORES_BYTES_MAX)
 }

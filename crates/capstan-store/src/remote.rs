@@ -90,33 +90,27 @@ pub enum RemoteError {
 impl Remote {
     /// The model of a name, from its headers alone; its weights are not there.
     pub async fn model(&self, name: &ModelName) -> Result<Model, RemoteError> {
-        let mut files = self.files(name).await?;
-        let mut read: Vec<Beginning> = Vec::new();
+        let known = self.files(name).await?;
+        let first = known.first().ok_or_else(|| nonsense(None, "no file"))?;
+        let (mut files, mut read) = (vec![first.clone()], vec![self.beginning(first).await?]);
         loop {
-            match beginnings::read(&read) {
-                Ok(Known::Model(model)) => return Ok(*model),
-                Ok(Known::More { file, bytes }) => {
+            match beginnings::read(&read)? {
+                Known::Model(model) => return Ok(*model),
+                Known::More { file, bytes } => {
                     let (Some(beginning), Some(file)) = (read.get_mut(file), files.get(file)) else {
-                        return Err(nonsense(files.first(), "fewer files than the model has"));
+                        return Err(nonsense(Some(first), "fewer files than the model has"));
                     };
                     let have = beginning.bytes.len() as u64;
                     beginning.bytes.extend(self.range(file, have, bytes - have).await?);
                 }
-                Ok(Known::Files(others)) => {
+                Known::Files(others) => {
                     for path in others {
-                        let known = files.iter().find(|f| f.path == path).cloned();
-                        let file = known.or_else(|| files.first().and_then(|first| first.beside(&path)));
-                        let file = file.ok_or_else(|| nonsense(files.first(), "a file without a name"))?;
+                        let file = known.iter().find(|f| f.path == path).cloned().or_else(|| first.beside(&path));
+                        let file = file.ok_or_else(|| nonsense(Some(first), "a file without a name"))?;
                         read.push(self.beginning(&file).await?);
-                        files.retain(|f| f.path != path);
-                        files.insert(read.len() - 1, file);
+                        files.push(file);
                     }
                 }
-                Err(_) if read.is_empty() => {
-                    let first = files.first().ok_or_else(|| nonsense(None, "no file"))?;
-                    read.push(self.beginning(first).await?);
-                }
-                Err(error) => return Err(error.into()),
             }
         }
     }

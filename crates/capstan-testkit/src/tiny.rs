@@ -11,6 +11,7 @@ use std::io::{self, BufWriter, Write};
 use std::path::Path;
 use std::sync::LazyLock;
 
+use capstan_gguf::synthetic::is_norm_or_scale;
 use capstan_gguf::types;
 use capstan_gguf::writer::{self, NewTensor};
 use capstan_gguf::{Array, Metadata, Value};
@@ -178,11 +179,6 @@ fn values(name: &str, dims: &[u64]) -> Vec<u8> {
             ((role(x) / divisor) as f32).to_le_bytes()
         })
         .collect()
-}
-
-fn is_norm_or_scale(name: &str) -> bool {
-    let norm = name.find("norm").is_some_and(|i| name[i..].contains(".weight"));
-    norm || name.contains("scale")
 }
 
 fn permutation(rng: &mut ChaCha8Rng, n: i32) -> Vec<i32> {
