@@ -73,6 +73,8 @@ pub struct Question<'a> {
     pub slots: u32,
     /// Most rows of a micro-batch.
     pub ubatch: u32,
+    /// Memory that is kept free on each machine, in bytes.
+    pub headroom_bytes: u64,
     /// What is wanted.
     pub objective: Objective,
 }
@@ -135,7 +137,11 @@ pub fn answer(question: &Question) -> Result<Answer, Unfit> {
         return Err(Unfit::Nothing { ctx: question.ctx, slots: question.slots });
     }
     let desk = Desk::new(question);
-    let fleet = Fleet::of(question.machines, question.links);
+    let keep = |m: &Machine| Machine {
+        usable_bytes: m.usable_bytes.saturating_sub(question.headroom_bytes),
+        ..m.clone()
+    };
+    let fleet = Fleet::of(&question.machines.iter().map(keep).collect::<Vec<_>>(), question.links);
     let found = desk.arrange(&fleet).ok_or_else(|| Unfit::Memory(desk.why_not(&fleet)))?;
     let placed = desk.place(&fleet, &found);
     let ring = fleet.ring(&found);

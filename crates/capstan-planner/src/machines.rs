@@ -343,11 +343,12 @@ pub(crate) fn split_list(list: &str) -> Result<Vec<(usize, String)>, BadMachines
 
 fn entry_of(entry: &str) -> Result<(usize, String), BadMachines> {
     let unquoted = |name: &str| name.trim().trim_matches('"').trim().to_owned();
-    // A count is digits before an x; "x" alone may begin a name.
+    // A count is digits before an x that is no beginning of a name, as in 7900 XTX.
     let digits = entry.len() - entry.trim_start_matches(|c: char| c.is_ascii_digit()).len();
     let rest = entry[digits..].trim_start();
+    let spaced = rest.len() < entry.len() - digits;
     let after = ['x', 'X', '×', '*'].iter().find_map(|x| rest.strip_prefix(*x));
-    match after {
+    match after.filter(|name| !spaced || name.starts_with([' ', '"'])) {
         Some(name) if digits > 0 => {
             let count = entry[..digits].parse().ok().filter(|n| (1..=MACHINES_MAX).contains(n));
             Ok((count.ok_or_else(|| BadMachines::Count(entry[..digits].chars().take(20).collect()))?, unquoted(name)))

@@ -92,7 +92,7 @@ fn every_model_on_every_machine() {
                     let machines = vec![machine.clone(); count];
                     let objective = if count % 4 == 0 { Objective::Throughput } else { Objective::Latency };
                     let question =
-                        Question { subject: &subject, machines: &machines, links: &links, ctx: 8192, slots: 2, ubatch: 512, objective };
+                        Question { subject: &subject, machines: &machines, links: &links, ctx: 8192, slots: 2, ubatch: 512, headroom_bytes: 0, objective };
                     match answer(&question) {
                         Ok(a) => {
                             fits += 1;

@@ -15,6 +15,7 @@ fn ask(model: &str, machines: &str, ctx: u32) -> Answer {
         ctx,
         slots: 1,
         ubatch: 512,
+        headroom_bytes: 0,
         objective: Objective::Throughput,
     };
     let answer = answer(&question).unwrap_or_else(|e| panic!("{e}"));
@@ -52,7 +53,8 @@ fn within(what: &str, forecast: f64, published: std::ops::RangeInclusive<f64>, f
 fn kimi_k2_5_on_four_ryzen() {
     forecast::assumptions().iter().for_each(|line| println!("{line}"));
     let a = ask("Kimi K2.5:UD-Q2_K_XL", "4x\"Ryzen AI Max+ 395 128GB\"", 16_384);
-    assert_eq!((a.fewest, a.stages.len()), (4, 4));
+    // Three would hold it, with 2 to 3 GB to spare on each; AMD took four.
+    assert_eq!((a.fewest, a.stages.len()), (3, 4));
     within("Kimi K2.5, plain RPC, decode", a.plain_rpc.alone(0).unwrap(), 8.0..=9.5, 1.25);
     assert!(a.forecast.alone(0).unwrap() > a.plain_rpc.alone(0).unwrap());
     let first = |f: &forecast::Forecast| f.first_token.last().unwrap().seconds;

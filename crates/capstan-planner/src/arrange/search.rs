@@ -1,4 +1,6 @@
 //! The search behind [`arrange`](super::arrange()).
+use std::ops::RangeInclusive;
+
 use capstan_proto::LayerRange;
 
 use super::{Arrangement, Kind, Problem, ROUNDING};
@@ -37,20 +39,23 @@ pub(super) struct Search<'a> {
     uniform: bool,
     /// Of each layer: a time that all after it take at least.
     rest_s: Vec<f64>,
+    /// What the head takes at least.
+    least_head_s: f64,
 }
 
 /// One more stage for each of some prefixes.
-#[derive(Clone, Copy)]
-struct Step {
+struct Step<'s> {
     /// The kind of its machine.
     k: usize,
     goal: Goal,
-    /// What no stage may exceed.
-    cap: f64,
-    /// Shorter prefixes are of no use.
-    least_start: usize,
+    /// First starts of that kind's windows, by end.
+    froms: &'s [usize],
     /// Longer prefixes never cost less.
     monotone: bool,
+    /// Which prefixes count.
+    starts: RangeInclusive<usize>,
+    /// Which ends are of use.
+    ends: RangeInclusive<usize>,
 }
 
 impl<'a> Search<'a> {
@@ -88,9 +93,10 @@ impl<'a> Search<'a> {
             from
         };
         let least = |of: &dyn Fn(&Kind) -> f64| problem.kinds.iter().map(of).fold(f64::INFINITY, f64::min);
+        let least_head_s = least(&|k| k.head_s);
         let mut rest_s = vec![0.0; n + 1];
         for l in (0..n).rev() {
-            let after = if l + 1 == n { least(&|k| k.head_s) } else { rest_s[l + 1] };
+            let after = if l + 1 == n { least_head_s } else { rest_s[l + 1] };
             rest_s[l] = after + least(&|k| k.layers_s[l]);
         }
         Some(Self {
@@ -101,6 +107,7 @@ impl<'a> Search<'a> {
             allowed,
             uniform: problem.hops.is_uniform(),
             rest_s,
+            least_head_s,
         })
     }
 
@@ -114,13 +121,20 @@ impl<'a> Search<'a> {
         (self.upto[k][end] - self.upto[k][start]) + head
     }
 
-    /// The first start from which a window of kind `k` fits its memory and takes no longer than `cap`.
-    fn from(&self, k: usize, end: usize, cap: f64, hint: usize) -> usize {
-        let mut start = self.fits_from[k][end].max(hint);
-        while start < end && self.stage_s(k, start, end) > cap {
-            start += 1;
-        }
-        start
+    /// Of each kind and end: the first start from which a window fits its memory and takes no longer than `cap`.
+    fn froms(&self, cap: f64) -> Vec<Vec<usize>> {
+        let of = |k: usize| {
+            let mut start = 0;
+            let mut first = |end: usize| {
+                start = start.max(self.fits_from[k][end]);
+                while start < end && self.stage_s(k, start, end) > cap {
+                    start += 1;
+                }
+                start
+            };
+            (0..=self.n).map(&mut first).collect()
+        };
+        (0..self.problem.kinds.len()).map(of).collect()
     }
 
     fn hop(&self, goal: Goal, a: usize, b: usize) -> f64 {
@@ -133,48 +147,50 @@ impl<'a> Search<'a> {
         self.problem.hops.wire_s[a][b] > cap
     }
 
-    /// Extends prefixes by one stage of kind `k` each: `next[end] = min over start of before[start] joined with it`.
-    fn extend(&self, step: Step, before: &[f64], next: &mut [f64]) {
-        let Step { k, goal, cap, least_start, monotone } = step;
-        let (mut hint, mut queue) = (least_start, std::collections::VecDeque::new());
-        let (mut pushed, mut cross) = (least_start, least_start);
-        for end in least_start + 1..=self.n {
-            let from = self.from(k, end, cap, hint);
-            hint = from;
-            if from >= end {
+    /// Extends prefixes by one stage each: `next[end] = min over start of before[start] joined with it`.
+    fn extend(&self, step: &Step, before: &[f64], next: &mut [f64], queue: &mut Vec<usize>) {
+        let &Step { k, goal, froms, monotone, ref starts, ref ends } = step;
+        let upto = &self.upto[k];
+        queue.clear();
+        let mut front = 0;
+        let (mut pushed, mut cross) = (*starts.start(), *starts.start());
+        for end in ends.clone() {
+            let from = froms[end].max(*starts.start());
+            let last = end.min(*starts.end() + 1);
+            if from >= last {
                 continue;
             }
             let mut found = f64::INFINITY;
             if !self.allowed.is_empty() || goal == Goal::Slowest && !monotone {
-                for (start, &b) in before.iter().enumerate().take(end).skip(from) {
-                    if b.is_finite() && self.may(start, end) {
-                        found = found.min(goal.join(b, self.stage_s(k, start, end)));
+                for start in from..last {
+                    if before[start].is_finite() && self.may(start, end) {
+                        found = found.min(goal.join(before[start], self.stage_s(k, start, end)));
                     }
                 }
             } else if goal == Goal::Way {
                 // A queue of starts whose prefixes get dearer, relative to what the machine saves by starting later.
-                let relative = |start: usize| before[start] - self.upto[k][start];
-                while pushed < end {
+                let relative = |start: usize| before[start] - upto[start];
+                while pushed < last {
                     if before[pushed].is_finite() {
-                        while queue.back().is_some_and(|&last| relative(last) >= relative(pushed)) {
-                            queue.pop_back();
+                        while queue.len() > front && relative(queue[queue.len() - 1]) >= relative(pushed) {
+                            queue.pop();
                         }
-                        queue.push_back(pushed);
+                        queue.push(pushed);
                     }
                     pushed += 1;
                 }
-                while queue.front().is_some_and(|&first| first < from) {
-                    queue.pop_front();
+                while front < queue.len() && queue[front] < from {
+                    front += 1;
                 }
-                if let Some(&start) = queue.front() {
+                if let Some(&start) = queue.get(front) {
                     found = before[start] + self.stage_s(k, start, end);
                 }
             } else {
-                while cross < end && before[cross] < self.stage_s(k, cross, end) {
+                while cross < last && before[cross] < self.stage_s(k, cross, end) {
                     cross += 1;
                 }
                 for start in [cross.saturating_sub(1).max(from), cross.max(from)] {
-                    if start < end {
+                    if start < last {
                         found = found.min(before[start].max(self.stage_s(k, start, end)));
                     }
                 }
@@ -215,7 +231,8 @@ impl<'a> Search<'a> {
 
     /// All layers on one machine.
     fn whole(&self, goal: Goal, cap: f64) -> Option<Arrangement> {
-        let held = |k: &usize| self.problem.kinds[*k].count > 0 && self.from(*k, self.n, cap, 0) == 0;
+        let froms = self.froms(cap);
+        let held = |k: &usize| self.problem.kinds[*k].count > 0 && froms[*k][self.n] == 0;
         let found = (0..self.problem.kinds.len()).filter(held).map(|k| self.arrangement(vec![(k, 0, self.n)]));
         found.min_by(|a, b| self.value(goal, a).total_cmp(&self.value(goal, b)))
     }
@@ -254,8 +271,8 @@ impl<'a> Search<'a> {
 
     /// The best cut over machines in this order, all used.
     pub(super) fn cut(&self, order: &[usize], goal: Goal, cap: f64) -> Option<Arrangement> {
-        let n = self.n;
-        let mut rows = vec![vec![f64::INFINITY; n + 1]];
+        let (n, froms) = (self.n, self.froms(cap));
+        let (mut rows, mut queue) = (vec![vec![f64::INFINITY; n + 1]], Vec::new());
         rows[0][0] = 0.0;
         for (i, &k) in order.iter().enumerate() {
             let mut before = rows[i].clone();
@@ -267,7 +284,8 @@ impl<'a> Search<'a> {
                 before.iter_mut().for_each(|b| *b = goal.join(*b, hop));
             }
             let mut next = vec![f64::INFINITY; n + 1];
-            self.extend(Step { k, goal, cap, least_start: i, monotone: false }, &before, &mut next);
+            let step = Step { k, goal, froms: &froms[k], monotone: false, starts: i..=n, ends: i + 1..=n };
+            self.extend(&step, &before, &mut next, &mut queue);
             if i + 1 < order.len() {
                 next[n] = f64::INFINITY;
             }
@@ -284,7 +302,7 @@ impl<'a> Search<'a> {
         for i in (0..order.len()).rev() {
             let hop = if i > 0 { self.hop(goal, order[i - 1], order[i]) } else { 0.0 };
             let before: Vec<f64> = rows[i].iter().map(|&b| if i > 0 { goal.join(b, hop) } else { b }).collect();
-            let start = self.start_of(order[i], goal, cap, &before, end)?;
+            let start = self.start_of(order[i], goal, &froms, &before, end)?;
             stages.push((order[i], start, end));
             end = start;
         }
@@ -293,8 +311,8 @@ impl<'a> Search<'a> {
     }
 
     /// The best start of a stage that ends here.
-    fn start_of(&self, k: usize, goal: Goal, cap: f64, before: &[f64], end: usize) -> Option<usize> {
-        let ways = (self.from(k, end, cap, 0)..end).filter(|&s| before[s].is_finite() && self.may(s, end));
+    fn start_of(&self, k: usize, goal: Goal, froms: &[Vec<usize>], before: &[f64], end: usize) -> Option<usize> {
+        let ways = (froms[k][end]..end).filter(|&s| before[s].is_finite() && self.may(s, end));
         let value = |s: usize| goal.join(before[s], self.stage_s(k, s, end));
         ways.min_by(|&a, &b| value(a).total_cmp(&value(b)))
     }
@@ -317,19 +335,30 @@ impl<'a> Search<'a> {
             .collect();
         let states: usize = kinds.iter().map(|k| k.count + 1).product();
         let used = |state: usize, k: usize| state / strides[k] % (kinds[k].count + 1);
-        let reach = self.reach(if goal == Goal::Slowest { cap.min(bound) } else { cap });
-        // The machines that a state leaves over cannot hold more layers than this.
-        let left = |state: usize| (0..kinds.len()).map(|k| (kinds[k].count - used(state, k)) * reach[k]).sum::<usize>();
+        let froms = self.froms(if goal == Goal::Slowest { cap.min(bound) } else { cap });
+        let rest = Rest::new(self, &froms, if goal == Goal::Way { hop } else { 0.0 });
+        let total: usize = kinds.iter().zip(&rest.reach).map(|(k, reach)| k.count * reach).sum();
+        // The most layers that the machines of a state can hold; those left over must be able to hold the others.
+        let mut held = vec![0usize; states];
+        let band = |held: usize| n.saturating_sub(total - held)..=held.min(n);
         let mut table = vec![f64::INFINITY; states * (n + 1)];
         table[0] = 0.0;
-        let mut next = vec![f64::INFINITY; n + 1];
+        let (mut next, mut queue) = (vec![f64::INFINITY; n + 1], Vec::new());
         for state in 1..states {
+            let present = |k: &usize| used(state, *k) > 0;
+            let any = (0..kinds.len()).find(present).unwrap_or(0);
+            held[state] = held[state - strides[any]] + rest.reach[any];
+            let ends = band(held[state]);
+            if ends.is_empty() {
+                continue;
+            }
             next.fill(f64::INFINITY);
             let prior = |k: usize| (state - strides[k]) * (n + 1)..(state - strides[k]) * (n + 1) + n + 1;
-            let present = |k: &usize| used(state, *k) > 0;
             for k in (0..kinds.len()).filter(present) {
-                let least_start = n.saturating_sub(left(state - strides[k]));
-                self.extend(Step { k, goal, cap, least_start, monotone: true }, &table[prior(k)], &mut next);
+                let starts = band(held[state - strides[k]]);
+                let ends = (*ends.start()).max(1)..=*ends.end();
+                let step = Step { k, goal, froms: &froms[k], monotone: true, starts, ends };
+                self.extend(&step, &table[prior(k)], &mut next, &mut queue);
             }
             // Every stage of a pipeline has a hop before it: the first one's closes the ring.
             next.iter_mut().for_each(|to| *to = goal.join(*to, hop));
@@ -338,11 +367,8 @@ impl<'a> Search<'a> {
                     *to = to.min(unused);
                 }
             }
-            for (value, rest) in next.iter_mut().zip(&self.rest_s) {
-                if *value + if goal == Goal::Way { *rest } else { 0.0 } > bound {
-                    *value = f64::INFINITY;
-                }
-            }
+            let left = |k: usize| kinds[k].count - used(state, k);
+            rest.discard(self, goal, ends, left, bound, &mut next);
             table[state * (n + 1)..=state * (n + 1) + n].copy_from_slice(&next);
         }
         let (mut state, mut end) = (states - 1, n);
@@ -356,7 +382,7 @@ impl<'a> Search<'a> {
             for k in (0..kinds.len()).filter(|&k| used(state, k) > 0) {
                 let at = (state - strides[k]) * (n + 1);
                 let before = &table[at..=at + n];
-                let placed = self.start_of(k, goal, cap, before, end);
+                let placed = self.start_of(k, goal, &froms, before, end);
                 let placed = placed.map(|s| (goal.join(goal.join(before[s], self.stage_s(k, s, end)), hop), k, s));
                 for offer in [Some((before[end], k, end)), placed].into_iter().flatten() {
                     if offer.0.is_finite() && best.is_none_or(|b| offer.0 < b.0) {
@@ -373,12 +399,6 @@ impl<'a> Search<'a> {
         stages.reverse();
         // A lone stage has no hop: `arrangement` reckons it right.
         Some(self.arrangement(stages))
-    }
-
-    /// Of each kind: the most layers of a window that fits and takes no longer than `cap`.
-    fn reach(&self, cap: f64) -> Vec<usize> {
-        let longest = |k| (1..=self.n).map(|end| end - self.from(k, end, cap, 0)).max().unwrap_or(0);
-        (0..self.problem.kinds.len()).map(longest).collect()
     }
 
     /// Links differ: a state also knows the last kind, and the search is made for each first one.
@@ -405,7 +425,9 @@ impl<'a> Search<'a> {
         start[0] = 0.0;
         let at = row(strides[first], first);
         let mut next = vec![f64::INFINITY; n + 1];
-        self.extend(Step { k: first, goal, cap, least_start: 0, monotone: false }, &start, &mut next);
+        let (froms, mut queue) = (self.froms(cap), Vec::new());
+        let step = |k: usize| Step { k, goal, froms: &froms[k], monotone: false, starts: 0..=n, ends: 1..=n };
+        self.extend(&step(first), &start, &mut next, &mut queue);
         table[at..=at + n].copy_from_slice(&next);
         let before_of = |table: &[f64], state: usize, k: usize| {
             let mut before = vec![f64::INFINITY; n + 1];
@@ -435,7 +457,7 @@ impl<'a> Search<'a> {
                     continue;
                 }
                 next.fill(f64::INFINITY);
-                self.extend(Step { k, goal, cap, least_start: 0, monotone: false }, &before, &mut next);
+                self.extend(&step(k), &before, &mut next, &mut queue);
                 let at = row(state, k);
                 for (to, &value) in table[at..=at + n].iter_mut().zip(&next) {
                     *to = to.min(value);
@@ -458,7 +480,7 @@ impl<'a> Search<'a> {
         while state != strides[first] {
             let from = state - strides[last];
             let before = before_of(&table, from, last);
-            let start = self.start_of(last, goal, cap, &before, end)?;
+            let start = self.start_of(last, goal, &froms, &before, end)?;
             stages.push((last, start, end));
             let value = |p: usize| goal.join(table[row(from, p) + start], self.hop(goal, p, last));
             let prior = (0..m).filter(|&p| used(from, p) > 0 && !self.hop_exceeds(p, last, cap) && value(p).is_finite());
@@ -485,5 +507,78 @@ impl<'a> Search<'a> {
         }
         let range = |&(k, a, b): &(usize, usize, usize)| LayerRange::new(a as u32, b as u32).ok().map(|r| (k, r));
         Arrangement { stages: stages.iter().filter_map(range).collect(), way_s, slowest_s, exact: true }
+    }
+}
+
+/// What the layers after a prefix take at least, given which machines are left.
+struct Rest {
+    /// Of each kind: the most layers of a window.
+    reach: Vec<usize>,
+    /// Of each kind: the most work of a window, in seconds of the machine that is fastest at each layer.
+    work_s: Vec<f64>,
+    /// Of each kind: how many times slower than that it is at least.
+    slowness: Vec<f64>,
+    /// Kinds from the fastest to the slowest.
+    by_speed: Vec<usize>,
+    /// Kinds from the longest reach to the shortest.
+    by_reach: Vec<usize>,
+    hop: f64,
+}
+
+impl Rest {
+    fn new(search: &Search, froms: &[Vec<usize>], hop: f64) -> Self {
+        let (n, kinds) = (search.n, search.problem.kinds);
+        let least = |l: usize| kinds.iter().map(|k| k.layers_s[l]).fold(f64::INFINITY, f64::min);
+        let mut work = vec![0.0; n + 1];
+        for l in 0..n {
+            work[l + 1] = work[l] + least(l);
+        }
+        let widest = |k: usize| (1..=n).map(|end| work[end] - work[froms[k][end]]).fold(0.0, f64::max);
+        let slower = |k: &Kind, l: usize| if least(l) > 0.0 { k.layers_s[l] / least(l) } else { 1.0 };
+        let slowness: Vec<f64> =
+            kinds.iter().map(|k| (0..n).map(|l| slower(k, l)).fold(f64::INFINITY, f64::min)).collect();
+        let reach: Vec<usize> =
+            froms.iter().map(|of| (1..=n).map(|end| end - of[end]).max().unwrap_or(0)).collect();
+        let mut by_speed: Vec<usize> = (0..kinds.len()).collect();
+        let mut by_reach = by_speed.clone();
+        by_speed.sort_by(|&a, &b| slowness[a].total_cmp(&slowness[b]));
+        by_reach.sort_by_key(|&k| std::cmp::Reverse(reach[k]));
+        Self { reach, work_s: (0..kinds.len()).map(widest).collect(), slowness, by_speed, by_reach, hop }
+    }
+
+    /// Discards prefixes that cannot become better than `bound`: what is left goes to the fastest machines first, and
+    /// over as few hops as possible, whether or not both can be had together.
+    fn discard(
+        &self,
+        search: &Search,
+        goal: Goal,
+        ends: RangeInclusive<usize>,
+        left: impl Fn(usize) -> usize,
+        bound: f64,
+        next: &mut [f64],
+    ) {
+        for l in ends {
+            if next[l].is_infinite() {
+                continue;
+            }
+            let mut least = 0.0;
+            if goal == Goal::Way && l < search.n {
+                let (mut work, mut layers) = (search.rest_s[l] - search.least_head_s, search.n - l);
+                for &k in &self.by_speed {
+                    let taken = work.min(self.work_s[k] * left(k) as f64);
+                    least += taken * self.slowness[k];
+                    work -= taken;
+                }
+                for &k in &self.by_reach {
+                    let machines = layers.div_ceil(self.reach[k].max(1)).min(left(k));
+                    least += self.hop * machines as f64;
+                    layers = layers.saturating_sub(machines * self.reach[k]);
+                }
+                least += search.least_head_s;
+            }
+            if next[l] + least > bound {
+                next[l] = f64::INFINITY;
+            }
+        }
     }
 }
