@@ -7,6 +7,10 @@ use super::{Arrangement, Kind, Problem, ROUNDING};
 
 /// Most steps of an exact search, each a few nanoseconds: seconds on a slow machine.
 const STEPS_MAX: f64 = 1.2e9;
+/// From so many states on a better guess pays for itself.
+const IMPROVE_STATES: f64 = 2000.0;
+/// How often a guess is gone through for exchanges that make it better.
+const IMPROVE_ROUNDS: usize = 3;
 /// Most numbers that it keeps: 256 MiB.
 const CELLS_MAX: f64 = 3.2e7;
 
@@ -201,9 +205,12 @@ impl<'a> Search<'a> {
 
     /// The exact best, or the best of plausible orders where that would take too long.
     pub(super) fn best(&self, goal: Goal, cap: f64) -> Option<Arrangement> {
-        let guess = self.guess(goal, cap);
         let kinds = self.problem.kinds;
         let states: f64 = kinds.iter().map(|k| k.count as f64 + 1.0).product();
+        let mut guess = self.guess(goal, cap);
+        if states > IMPROVE_STATES {
+            guess = guess.map(|g| self.improved(g, goal, cap));
+        }
         let width = self.n as f64 + 1.0;
         let (per_step, chains) = match (self.uniform, self.allowed.is_empty()) {
             (true, true) => (8.0 * width, 1.0),
@@ -269,6 +276,36 @@ impl<'a> Search<'a> {
         best
     }
 
+    /// Exchanges machines, with each other and with unused ones, as long as that helps.
+    fn improved(&self, mut best: Arrangement, goal: Goal, cap: f64) -> Arrangement {
+        let mut order: Vec<usize> = best.stages.iter().map(|s| s.0).collect();
+        for _ in 0..IMPROVE_ROUNDS {
+            let value = self.value(goal, &best);
+            for i in 0..order.len() {
+                for other in (0..order.len() + self.problem.kinds.len()).filter(|&o| o > i) {
+                    let mut tried = order.clone();
+                    match other.checked_sub(order.len()) {
+                        None => tried.swap(i, other),
+                        Some(k) if order.iter().filter(|&&o| o == k).count() < self.problem.kinds[k].count => tried[i] = k,
+                        Some(_) => continue,
+                    }
+                    if tried == order {
+                        continue;
+                    }
+                    if let Some(found) = self.cut(&tried, goal, cap)
+                        && self.value(goal, &found) < self.value(goal, &best) * (1.0 - ROUNDING)
+                    {
+                        (best, order) = (found, tried);
+                    }
+                }
+            }
+            if self.value(goal, &best) >= value {
+                break;
+            }
+        }
+        best
+    }
+
     /// The best cut over machines in this order, all used.
     pub(super) fn cut(&self, order: &[usize], goal: Goal, cap: f64) -> Option<Arrangement> {
         let (n, froms) = (self.n, self.froms(cap));
@@ -317,8 +354,8 @@ impl<'a> Search<'a> {
         ways.min_by(|&a, &b| value(a).total_cmp(&value(b)))
     }
 
-    /// Links are all alike: which machine came last does not matter. A state may leave machines unused, so that values
-    /// never fall as layers are added, which the fast step for the slowest stage needs.
+    /// Links are all alike: which machine came last does not matter. For the slowest stage a state may leave machines
+    /// unused, so that values never fall as layers are added, which the fast step needs.
     fn over_counts(&self, goal: Goal, cap: f64, bound: f64) -> Option<Arrangement> {
         let (n, kinds) = (self.n, self.problem.kinds);
         let hop = self.hop(goal, 0, 0);
@@ -341,15 +378,20 @@ impl<'a> Search<'a> {
         // The most layers that the machines of a state can hold; those left over must be able to hold the others.
         let mut held = vec![0usize; states];
         let band = |held: usize| n.saturating_sub(total - held)..=held.min(n);
-        let mut table = vec![f64::INFINITY; states * (n + 1)];
-        table[0] = 0.0;
+        // Rows of states without a prefix worth keeping are never written or read, so that they cost no memory.
+        let mut table = vec![0.0; states * (n + 1)];
+        let mut alive = vec![false; states];
+        table[1..=n].fill(f64::INFINITY);
+        alive[0] = true;
         let (mut next, mut queue) = (vec![f64::INFINITY; n + 1], Vec::new());
+        let mut whole: Option<(f64, usize)> = None;
         for state in 1..states {
             let present = |k: &usize| used(state, *k) > 0;
             let any = (0..kinds.len()).find(present).unwrap_or(0);
             held[state] = held[state - strides[any]] + rest.reach[any];
             let ends = band(held[state]);
-            if ends.is_empty() {
+            let present = |k: &usize| present(k) && alive[state - strides[*k]];
+            if ends.is_empty() || !(0..kinds.len()).any(|k| present(&k)) {
                 continue;
             }
             next.fill(f64::INFINITY);
@@ -361,30 +403,36 @@ impl<'a> Search<'a> {
                 self.extend(&step, &table[prior(k)], &mut next, &mut queue);
             }
             // Every stage of a pipeline has a hop before it: the first one's closes the ring.
-            next.iter_mut().for_each(|to| *to = goal.join(*to, hop));
-            for k in (0..kinds.len()).filter(present) {
-                for (to, &unused) in next.iter_mut().zip(&table[prior(k)]) {
+            next[ends.clone()].iter_mut().for_each(|to| *to = goal.join(*to, hop));
+            for k in (0..kinds.len()).filter(|k| goal == Goal::Slowest && present(k)) {
+                for (to, &unused) in next[ends.clone()].iter_mut().zip(&table[prior(k)][ends.clone()]) {
                     *to = to.min(unused);
                 }
             }
+            // What is complete is no prefix of anything.
+            if next[n].is_finite() && whole.is_none_or(|w| next[n] < w.0) {
+                whole = Some((next[n], state));
+            }
+            next[n] = f64::INFINITY;
             let left = |k: usize| kinds[k].count - used(state, k);
-            rest.discard(self, goal, ends, left, bound, &mut next);
-            table[state * (n + 1)..=state * (n + 1) + n].copy_from_slice(&next);
+            rest.discard(self, goal, ends.clone(), left, bound, &mut next);
+            if next[ends].iter().any(|value| value.is_finite()) {
+                alive[state] = true;
+                table[state * (n + 1)..=state * (n + 1) + n].copy_from_slice(&next);
+            }
         }
-        let (mut state, mut end) = (states - 1, n);
-        if !table[state * (n + 1) + n].is_finite() {
-            return None;
-        }
+        let (mut state, mut end) = (whole?.1, n);
         let mut stages = Vec::new();
         while end > 0 {
             // What came before: the value, the kind, where its stage starts; at the end itself when it is not used.
             let mut best: Option<(f64, usize, usize)> = None;
-            for k in (0..kinds.len()).filter(|&k| used(state, k) > 0) {
+            for k in (0..kinds.len()).filter(|&k| used(state, k) > 0 && alive[state - strides[k]]) {
                 let at = (state - strides[k]) * (n + 1);
                 let before = &table[at..=at + n];
                 let placed = self.start_of(k, goal, &froms, before, end);
                 let placed = placed.map(|s| (goal.join(goal.join(before[s], self.stage_s(k, s, end)), hop), k, s));
-                for offer in [Some((before[end], k, end)), placed].into_iter().flatten() {
+                let unused = (goal == Goal::Slowest).then_some((before[end], k, end));
+                for offer in [unused, placed].into_iter().flatten() {
                     if offer.0.is_finite() && best.is_none_or(|b| offer.0 < b.0) {
                         best = Some(offer);
                     }
@@ -516,10 +564,9 @@ struct Rest {
     reach: Vec<usize>,
     /// Of each kind: the most work of a window, in seconds of the machine that is fastest at each layer.
     work_s: Vec<f64>,
-    /// Of each kind: how many times slower than that it is at least.
-    slowness: Vec<f64>,
-    /// Kinds from the fastest to the slowest.
-    by_speed: Vec<usize>,
+    /// Of each layer: the kinds from the fastest to the slowest for it and all after it, and how many times slower than
+    /// that machine each is at least.
+    by_speed: Vec<Vec<(usize, f64)>>,
     /// Kinds from the longest reach to the shortest.
     by_reach: Vec<usize>,
     hop: f64,
@@ -535,15 +582,18 @@ impl Rest {
         }
         let widest = |k: usize| (1..=n).map(|end| work[end] - work[froms[k][end]]).fold(0.0, f64::max);
         let slower = |k: &Kind, l: usize| if least(l) > 0.0 { k.layers_s[l] / least(l) } else { 1.0 };
-        let slowness: Vec<f64> =
-            kinds.iter().map(|k| (0..n).map(|l| slower(k, l)).fold(f64::INFINITY, f64::min)).collect();
+        let mut by_speed: Vec<Vec<(usize, f64)>> = vec![(0..kinds.len()).map(|k| (k, f64::INFINITY)).collect()];
+        for l in (0..n).rev() {
+            let after = &by_speed[by_speed.len() - 1];
+            by_speed.push(after.iter().map(|&(k, s)| (k, s.min(slower(&kinds[k], l)))).collect());
+        }
+        by_speed.reverse();
+        by_speed.iter_mut().for_each(|of| of.sort_by(|a, b| a.1.total_cmp(&b.1)));
         let reach: Vec<usize> =
             froms.iter().map(|of| (1..=n).map(|end| end - of[end]).max().unwrap_or(0)).collect();
-        let mut by_speed: Vec<usize> = (0..kinds.len()).collect();
-        let mut by_reach = by_speed.clone();
-        by_speed.sort_by(|&a, &b| slowness[a].total_cmp(&slowness[b]));
+        let mut by_reach: Vec<usize> = (0..kinds.len()).collect();
         by_reach.sort_by_key(|&k| std::cmp::Reverse(reach[k]));
-        Self { reach, work_s: (0..kinds.len()).map(widest).collect(), slowness, by_speed, by_reach, hop }
+        Self { reach, work_s: (0..kinds.len()).map(widest).collect(), by_speed, by_reach, hop }
     }
 
     /// Discards prefixes that cannot become better than `bound`: what is left goes to the fastest machines first, and
@@ -561,15 +611,25 @@ impl Rest {
             if next[l].is_infinite() {
                 continue;
             }
+            if goal == Goal::Way && next[l] + search.rest_s[l] > bound {
+                next[l] = f64::INFINITY;
+                continue;
+            }
             let mut least = 0.0;
             if goal == Goal::Way && l < search.n {
                 let (mut work, mut layers) = (search.rest_s[l] - search.least_head_s, search.n - l);
-                for &k in &self.by_speed {
+                for &(k, slowness) in &self.by_speed[l] {
                     let taken = work.min(self.work_s[k] * left(k) as f64);
-                    least += taken * self.slowness[k];
+                    least += taken * slowness;
                     work -= taken;
+                    if work <= 0.0 {
+                        break;
+                    }
                 }
                 for &k in &self.by_reach {
+                    if layers == 0 {
+                        break;
+                    }
                     let machines = layers.div_ceil(self.reach[k].max(1)).min(left(k));
                     least += self.hop * machines as f64;
                     layers = layers.saturating_sub(machines * self.reach[k]);
