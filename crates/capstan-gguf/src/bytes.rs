@@ -24,6 +24,8 @@ enum Backing {
     // The second handle is for copy_file_range; the mapping keeps its own to itself.
     Map(MemoryMappedFile, File),
     Memory(Vec<u8>),
+    // The beginning of a file that is elsewhere, and how long it is there.
+    Head(Vec<u8>, u64),
 }
 
 impl FileBytes {
@@ -51,6 +53,19 @@ impl FileBytes {
         Self(Arc::new(Inner { path: path.to_owned(), backing: Backing::Memory(bytes) }))
     }
 
+    /// The first bytes of a file of `file_len` bytes that is elsewhere, under a name for messages.
+    pub fn from_head(path: &Path, head: Vec<u8>, file_len: u64) -> Self {
+        Self(Arc::new(Inner { path: path.to_owned(), backing: Backing::Head(head, file_len) }))
+    }
+
+    /// How long the file is, whether or not all of it is here.
+    pub fn file_len(&self) -> u64 {
+        match &self.0.backing {
+            Backing::Head(_, len) => *len,
+            _ => self.len() as u64,
+        }
+    }
+
     /// Where they come from.
     pub fn path(&self) -> &Path {
         &self.0.path
@@ -60,7 +75,7 @@ impl FileBytes {
     pub(crate) fn file(&self) -> Option<&File> {
         match &self.0.backing {
             Backing::Map(_, file) => Some(file),
-            Backing::Memory(_) => None,
+            Backing::Memory(_) | Backing::Head(..) => None,
         }
     }
 
@@ -77,7 +92,7 @@ impl Deref for FileBytes {
         match &self.0.backing {
             // A read-only mapping of a whole file always has its whole length.
             Backing::Map(map, _) => map.as_slice_bytes(0, map.len()).unwrap_or_default(),
-            Backing::Memory(bytes) => bytes,
+            Backing::Memory(bytes) | Backing::Head(bytes, _) => bytes,
         }
     }
 }

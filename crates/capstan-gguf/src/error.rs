@@ -43,6 +43,16 @@ pub enum GgufError {
         /// Size of the file in bytes.
         len: u64,
     },
+    /// Only the beginning of the file is here, and its header is longer. Fetch more and parse again.
+    #[error("{} has a header longer than the {have} bytes that were read of it; read at least {need}", path.display())]
+    HeadTooShort {
+        /// Which file.
+        path: PathBuf,
+        /// Bytes that are here.
+        have: u64,
+        /// Bytes that are needed to get any further.
+        need: u64,
+    },
     /// A count or length beyond every honest file's. Nothing was allocated for it.
     #[error("{} is damaged or hostile: {what} is {found}, at most {max} is accepted; download it again from a source you trust", path.display())]
     Limit {

@@ -31,7 +31,7 @@ pub mod writer;
 
 pub use error::GgufError;
 pub use metadata::{Array, Metadata, Value, ValueType};
-pub use model::Model;
+pub use model::{Head, Model};
 pub use parse::TensorInfo;
 pub use profile::{LayerProfile, ModelProfile};
 pub use shard::ShardInfo;

@@ -38,6 +38,33 @@ pub struct Model {
     windows: Windows,
 }
 
+/// The beginning of a file that is elsewhere.
+#[derive(Clone, Debug)]
+pub struct Head {
+    /// Its name, for messages and for the names of its siblings.
+    pub path: PathBuf,
+    /// Its first bytes.
+    pub bytes: Vec<u8>,
+    /// How long the file is.
+    pub file_bytes: u64,
+}
+
+impl Head {
+    /// The names of all parts of the model, this one the first. Of a model of one file only its own.
+    pub fn parts(&self) -> Result<Vec<PathBuf>, GgufError> {
+        let bytes = FileBytes::from_head(&self.path, self.bytes.clone(), self.file_bytes);
+        let count = parts(&parse::header(&bytes, 0)?.metadata, &self.path)?;
+        if count == 1 {
+            return Ok(vec![self.path.clone()]);
+        }
+        let name = |no| part_path(&self.path, no, count);
+        (0..count).map(name).collect::<Option<_>>().ok_or_else(|| GgufError::Split {
+            path: self.path.clone(),
+            what: format!("its name does not end in -00001-of-{count:05}.gguf, so the other parts cannot be found"),
+        })
+    }
+}
+
 impl Model {
     /// Open a GGUF. Of a split model give the first part; its siblings are found by name.
     pub fn open(path: &Path) -> Result<Self, GgufError> {
@@ -72,6 +99,34 @@ impl Model {
             return Err(GgufError::Split { path: path.to_owned(), what });
         }
         Self::assemble(vec![bytes], vec![header])
+    }
+
+    /// A model whose parts are elsewhere, from the beginning of each, in order: enough for [`Model::profile`] and for
+    /// which windows may be stages, but a shard cannot be written from it. [`GgufError::HeadTooShort`] says how much more
+    /// of which part is needed.
+    pub fn from_heads(heads: Vec<Head>) -> Result<Self, GgufError> {
+        let Some(path) = heads.first().map(|h| h.path.clone()) else {
+            let what = "no part of it was given".into();
+            return Err(GgufError::Split { path: PathBuf::new(), what });
+        };
+        let (mut contents, mut headers, given) = (Vec::new(), Vec::new(), heads.len());
+        let mut count = 1;
+        for (no, head) in heads.into_iter().enumerate() {
+            let bytes = FileBytes::from_head(&head.path, head.bytes, head.file_bytes);
+            let header = parse::header(&bytes, no)?;
+            if no == 0 {
+                count = parts(&header.metadata, &path)?;
+                if given != count as usize {
+                    let what = format!("it has {count} parts, and the beginnings of {given} were given");
+                    return Err(GgufError::Split { path, what });
+                }
+            } else {
+                check_part(&header.metadata, &head.path, no as u32, count)?;
+            }
+            contents.push(bytes);
+            headers.push(header);
+        }
+        Self::assemble(contents, headers)
     }
 
     fn assemble(contents: Vec<FileBytes>, headers: Vec<Header>) -> Result<Self, GgufError> {
@@ -140,7 +195,7 @@ impl Model {
     }
     /// Bytes of all files.
     pub fn bytes(&self) -> u64 {
-        self.contents.iter().map(|f| f.len() as u64).sum()
+        self.contents.iter().map(FileBytes::file_len).sum()
     }
     pub(crate) fn contents(&self) -> &[FileBytes] {
         &self.contents

@@ -83,6 +83,9 @@ pub struct Header {
 pub fn header(bytes: &FileBytes, file: usize) -> Result<Header, GgufError> {
     let mut r = Reader { bytes, at: 0 };
     let path = bytes.path();
+    if (bytes.len() as u64) < bytes.file_len().min(4) {
+        return Err(r.short("the magic", 4));
+    }
     if bytes.get(..4) != Some(b"GGUF") {
         return Err(GgufError::NotGguf(path.to_owned()));
     }
@@ -128,7 +131,7 @@ fn alignment(metadata: &Metadata, path: &Path) -> Result<u32, GgufError> {
 /// Check that each tensor's data follows the one before, padded, as llama.cpp requires, and lies within the file. A file
 /// whose tensors overlap would make a shard larger than the file it came from.
 fn place(tensors: &mut [TensorInfo], bytes: &FileBytes, alignment: u32, data_start: u64) -> Result<(), GgufError> {
-    let (path, len) = (bytes.path(), bytes.len() as u64);
+    let (path, len) = (bytes.path(), bytes.file_len());
     let mut expected = 0u64;
     for t in tensors {
         if t.offset != expected {
@@ -162,13 +165,17 @@ impl<'a> Reader<'a> {
                 self.at += slice.len();
                 Ok(slice)
             }
-            None => Err(GgufError::Truncated {
-                path: self.path().to_owned(),
-                what: what.to_owned(),
-                end: (self.at as u64).saturating_add(n),
-                len: self.bytes.len() as u64,
-            }),
+            None => Err(self.short(what, (self.at as u64).saturating_add(n))),
         }
+    }
+
+    /// The bytes end before `end`: because the file does, or because only its beginning is here.
+    fn short(&self, what: &str, end: u64) -> GgufError {
+        let (path, have, len) = (self.path().to_owned(), self.bytes.len() as u64, self.bytes.file_len());
+        if have < end && end <= len {
+            return GgufError::HeadTooShort { path, have, need: end };
+        }
+        GgufError::Truncated { path, what: what.to_owned(), end, len }
     }
 
     fn u32(&mut self, what: &str) -> Result<u32, GgufError> {
@@ -197,9 +204,8 @@ impl<'a> Reader<'a> {
     /// Refuse a count that the rest of the file cannot hold.
     fn room(&self, n: u64, least: u64, what: &str) -> Result<(), GgufError> {
         let end = n.saturating_mul(least).saturating_add(self.at as u64);
-        let len = self.bytes.len() as u64;
-        if end > len {
-            return Err(GgufError::Truncated { path: self.path().to_owned(), what: what.to_owned(), end, len });
+        if end > self.bytes.len() as u64 {
+            return Err(self.short(what, end));
         }
         Ok(())
     }

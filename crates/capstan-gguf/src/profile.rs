@@ -194,11 +194,10 @@ fn kv_bytes(model: &Model, f: &Facts<'_>, layer: u32) -> u64 {
     (kv_heads * (length("attention.key_length") + values) + indexer) * F16_BYTES
 }
 
-/// Scores and the weighted sum: a multiplication and an addition for each element of key and value, in every head.
+/// Scores and the weighted sum: a multiplication and an addition for each element of key and value, in every head. None
+/// where nothing is cached to look at.
 fn attention_flops(model: &Model, f: &Facts<'_>, layer: u32) -> u64 {
-    let windows = model.windows();
-    let both = windows.rules().is_some_and(|r| r.mixer == Mixer::Both);
-    if is(windows.recurrent(), layer) && !both {
+    if kv_bytes(model, f, layer) == 0 {
         return 0;
     }
     let heads = number(f, "attention.head_count", layer).unwrap_or(0);

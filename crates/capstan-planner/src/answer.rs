@@ -137,10 +137,8 @@ pub fn answer(question: &Question) -> Result<Answer, Unfit> {
         return Err(Unfit::Nothing { ctx: question.ctx, slots: question.slots });
     }
     let desk = Desk::new(question);
-    let keep = |m: &Machine| Machine {
-        usable_bytes: m.usable_bytes.saturating_sub(question.headroom_bytes),
-        ..m.clone()
-    };
+    let keep =
+        |m: &Machine| Machine { usable_bytes: m.usable_bytes.saturating_sub(question.headroom_bytes), ..m.clone() };
     let fleet = Fleet::of(&question.machines.iter().map(keep).collect::<Vec<_>>(), question.links);
     let found = desk.arrange(&fleet).ok_or_else(|| Unfit::Memory(desk.why_not(&fleet)))?;
     let placed = desk.place(&fleet, &found);
@@ -160,6 +158,16 @@ pub fn answer(question: &Question) -> Result<Answer, Unfit> {
         explanation: desk.explain(&fleet, &found, &pipeline, fewest),
         by_machines,
     })
+}
+
+/// The fewest machines of the first kind in the list with which one sequence reaches so many tokens per second, and how
+/// many it then reaches; none when no number of them does.
+pub fn machines_for(question: &Question, tokens_per_s: f64) -> Option<(usize, f64)> {
+    let machine = question.machines.first()?;
+    let desk = Desk::new(question);
+    let links = Links::all(question.links.usual);
+    let speed = |n: usize| Some((n, desk.speed(&Fleet::of(&vec![machine.clone(); n], &links))?));
+    (1..=MACHINES_MAX).filter_map(speed).find(|(_, reached)| *reached >= tokens_per_s)
 }
 
 /// Machines grouped into kinds that nothing tells apart, links included.
@@ -234,7 +242,9 @@ struct Desk<'a> {
 impl<'a> Desk<'a> {
     fn new(question: &'a Question<'a>) -> Self {
         let n = question.subject.profile.layers.len() as u32;
-        let ok = |a, b| LayerRange::new(a, b).is_ok_and(|r| r.count() == n || (question.subject.window_problem)(r).is_none());
+        let ok = |a, b| {
+            LayerRange::new(a, b).is_ok_and(|r| r.count() == n || (question.subject.window_problem)(r).is_none())
+        };
         let allowed = (0..=n).flat_map(|a| (0..=n).map(move |b| (a, b))).map(|(a, b)| ok(a, b)).collect();
         Self { question, sizes: Sizes::of(&question.subject.profile), allowed }
     }
@@ -311,7 +321,8 @@ impl<'a> Desk<'a> {
         let stage = |(&(kind, layers), (place, _)): (&(usize, LayerRange), &(usize, String))| {
             let machine = fleet.machine(kind);
             let alone = fleet.machines.iter().filter(|m| m.name == machine.name).count() == 1;
-            let machine_name = if alone { machine.name.clone() } else { format!("{} (no. {})", machine.name, place + 1) };
+            let machine_name =
+                if alone { machine.name.clone() } else { format!("{} (no. {})", machine.name, place + 1) };
             Placed {
                 machine: machine_name,
                 rates: machine.rates,
@@ -341,8 +352,7 @@ impl<'a> Desk<'a> {
             return Vec::new();
         }
         let all = fleet.machines.len();
-        let mut speeds: Vec<_> =
-            (fewest..=all).filter_map(|n| Some((n, self.speed(&fleet.first(n))?))).collect();
+        let mut speeds: Vec<_> = (fewest..=all).filter_map(|n| Some((n, self.speed(&fleet.first(n))?))).collect();
         if all < MACHINES_MAX {
             speeds.extend(self.speed(&fleet.with_another(0)).map(|s| (all + 1, s)));
         }
@@ -392,7 +402,9 @@ impl<'a> Desk<'a> {
         if let Some(reason) = &reason {
             lines.push(format!("It cannot be split: {reason}."));
         } else if total <= usable {
-            lines.push("The sum would do, but layers are not divided, and no cut leaves each machine what it can hold.".into());
+            lines.push(
+                "The sum would do, but layers are not divided, and no cut leaves each machine what it can hold.".into(),
+            );
         }
         let enough = (0..fleet.members.len()).filter_map(|kind| {
             let machine = fleet.machine(kind);
@@ -428,12 +440,16 @@ impl<'a> Desk<'a> {
         let mut lines = vec![match (used, all) {
             (1, 1) => "The model runs whole on the machine.".to_owned(),
             (1, _) => format!("One machine of {all} is best: every further stage would add a hop to each token."),
-            _ if used < all => format!("{used} of {all} machines are used: with more of them a token would take longer."),
+            _ if used < all => {
+                format!("{used} of {all} machines are used: with more of them a token would take longer.")
+            }
             _ => format!("All {all} machines are used."),
         }];
         if used < all && self.question.objective == Objective::Throughput {
             lines.pop();
-            lines.push(format!("{used} of {all} machines are used: the others would not make the slowest stage faster."));
+            lines.push(format!(
+                "{used} of {all} machines are used: the others would not make the slowest stage faster."
+            ));
         }
         lines.push(if fewest == 1 {
             "One machine can hold the model.".to_owned()
@@ -469,7 +485,8 @@ impl<'a> Desk<'a> {
                 hops * 1e3
             ));
         }
-        let active: u64 = self.profile().layers.iter().map(|l| l.active_bytes).sum::<u64>() + self.profile().output_bytes;
+        let active: u64 =
+            self.profile().layers.iter().map(|l| l.active_bytes).sum::<u64>() + self.profile().output_bytes;
         let read: f64 = pipeline
             .stages
             .iter()
@@ -495,7 +512,12 @@ impl<'a> Desk<'a> {
             .min_by_key(|s| s.usable_bytes.saturating_sub(s.need.total()))
             .filter(|s| s.usable_bytes.saturating_sub(s.need.total()) < s.usable_bytes / 20)
         {
-            lines.push(format!("{} is nearly full: {} of {}.", tight.machine, human_bytes(tight.need.total()), human_bytes(tight.usable_bytes)));
+            lines.push(format!(
+                "{} is nearly full: {} of {}.",
+                tight.machine,
+                human_bytes(tight.need.total()),
+                human_bytes(tight.usable_bytes)
+            ));
         }
     }
 

@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use self::search::{Goal, Search};
 
+mod rest;
 mod search;
 
 /// `balanced` takes the lowest latency among placements whose slowest stage takes at most so many times as long as the
@@ -141,4 +142,3 @@ pub fn in_order(problem: &Problem, order: &[usize]) -> Option<Arrangement> {
     let slack = if problem.objective == Objective::Balanced { BALANCED_SLACK } else { 1.0 + ROUNDING };
     search.cut(order, Goal::Way, found.slowest_s * slack).or(Some(found))
 }
-

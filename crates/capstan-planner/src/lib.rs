@@ -19,6 +19,7 @@
 //! | [`arrange`] | the best order and cut over unequal machines, exactly |
 //! | [`forecast`] | time to the first token, tokens per second, memory, loading, traffic |
 //! | [`answer`](mod@answer) | the whole answer to "how many, and how fast", in sentences |
+//! | [`picture`] | the answer as a table and as an SVG |
 //! | [`names`] | names in any spelling, and the nearest ones when unknown |
 #![forbid(unsafe_code)]
 
@@ -31,13 +32,14 @@ pub mod machine_file;
 pub mod machines;
 pub mod models;
 pub mod names;
+pub mod picture;
 pub mod placement;
 pub mod plan;
 pub mod quant;
 pub mod shape;
 pub mod timing;
 
-pub use answer::{Answer, Question, Subject, Unfit, answer};
+pub use answer::{Answer, Question, Subject, Unfit, answer, machines_for};
 pub use arrange::Objective;
 pub use cost::{Need, Sizes};
 pub use forecast::Forecast;

@@ -74,7 +74,9 @@ pub enum BadLink {
     #[error("a link needs a round trip and a bandwidth; write for example rtt=0.2ms,bw=4.5Gbit or 5GbE,rtt=0.1ms")]
     Missing,
     /// Too long.
-    #[error("the description of a link has {0} bytes, more than the {LINK_BYTES_MAX} that are read; write rtt=0.2ms,bw=4.5Gbit")]
+    #[error(
+        "the description of a link has {0} bytes, more than the {LINK_BYTES_MAX} that are read; write rtt=0.2ms,bw=4.5Gbit"
+    )]
     TooLong(usize),
 }
 
@@ -134,16 +136,8 @@ fn rtt_of(text: &str) -> Result<f64, BadLink> {
 
 fn bits_of(text: &str) -> Result<f64, BadLink> {
     // Case tells bits from bytes, as everywhere.
-    let units = [
-        ("kbit", 1e3),
-        ("Mbit", 1e6),
-        ("Gbit", 1e9),
-        ("kb", 1e3),
-        ("Mb", 1e6),
-        ("Gb", 1e9),
-        ("MB", 8e6),
-        ("GB", 8e9),
-    ];
+    let units =
+        [("kbit", 1e3), ("Mbit", 1e6), ("Gbit", 1e9), ("kb", 1e3), ("Mb", 1e6), ("Gb", 1e9), ("MB", 8e6), ("GB", 8e9)];
     let bits = quantity(text, &units);
     let wrong = || BadLink::Figure {
         what: "a bandwidth",

@@ -42,7 +42,9 @@ pub struct Fleet {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BadFile {
     /// Too large.
-    #[error("the file of machines has {0} bytes, more than the {FILE_BYTES_MAX} that are read; describe fewer machines")]
+    #[error(
+        "the file of machines has {0} bytes, more than the {FILE_BYTES_MAX} that are read; describe fewer machines"
+    )]
     TooLong(usize),
     /// No TOML, or keys that mean nothing.
     #[error("the file of machines cannot be read: {0}")]
@@ -65,7 +67,9 @@ pub enum BadFile {
     #[error("the file of machines: {0}")]
     Count(BadMachines),
     /// Links of single pairs, and no usual one.
-    #[error("the file describes links between some machines and none for the others; add a line such as link = \"5GbE\" at its top")]
+    #[error(
+        "the file describes links between some machines and none for the others; add a line such as link = \"5GbE\" at its top"
+    )]
     NoUsualLink,
 }
 

@@ -200,8 +200,9 @@ const MAC: Usable = Usable::Percent(75);
 #[rustfmt::skip]
 const fn machine(
     name: &'static str, aliases: &'static [&'static str], memory_gib: &'static [u64], usable: Usable,
-    bandwidth_gb_per_s: f64, f16_tflops: f64, reached: Reached, source: &'static str,
+    nominal: (f64, f64), reached: Reached, source: &'static str,
 ) -> KnownMachine {
+    let (bandwidth_gb_per_s, f16_tflops) = nominal;
     KnownMachine { name, aliases, memory_gib, usable, bandwidth_gb_per_s, f16_tflops, reached, source }
 }
 
@@ -209,34 +210,34 @@ const fn machine(
 #[rustfmt::skip]
 pub const MACHINES: &[KnownMachine] = &[
     machine("Ryzen AI Max+ 395", &["strix halo", "framework desktop", "ai max+ 395"], &[64, 96, 128],
-        Usable::AllBut(8), 256.0, 59.4, RYZEN_AI_MAX, "https://llm-tracker.info/_TOORG/Strix-Halo"),
-    machine("Ryzen AI Max 385", &["ai max 385"], &[32, 64], Usable::AllBut(8), 256.0, 47.5, RYZEN_AI_MAX,
+        Usable::AllBut(8), (256.0, 59.4), RYZEN_AI_MAX, "https://llm-tracker.info/_TOORG/Strix-Halo"),
+    machine("Ryzen AI Max 385", &["ai max 385"], &[32, 64], Usable::AllBut(8), (256.0, 47.5), RYZEN_AI_MAX,
         "https://www.amd.com/en/products/processors/laptop/ryzen/ai-300-series/amd-ryzen-ai-max-385.html"),
-    machine("M2 Max", &["mac studio m2 max", "macbook pro m2 max"], &[32, 64, 96], MAC, 400.0, 13.6, APPLE,
+    machine("M2 Max", &["mac studio m2 max", "macbook pro m2 max"], &[32, 64, 96], MAC, (400.0, 13.6), APPLE,
         "https://en.wikipedia.org/wiki/Apple_M2"),
-    machine("M2 Ultra", &["mac studio m2 ultra"], &[64, 128, 192], MAC, 800.0, 27.2, APPLE,
+    machine("M2 Ultra", &["mac studio m2 ultra"], &[64, 128, 192], MAC, (800.0, 27.2), APPLE,
         "https://en.wikipedia.org/wiki/Apple_M2"),
-    machine("M3 Max", &["macbook pro m3 max"], &[48, 64, 128], MAC, 400.0, 16.4, APPLE,
+    machine("M3 Max", &["macbook pro m3 max"], &[48, 64, 128], MAC, (400.0, 16.4), APPLE,
         "https://en.wikipedia.org/wiki/Apple_M3"),
-    machine("M3 Ultra", &["mac studio m3 ultra"], &[96, 256, 512], MAC, 819.0, 32.8, APPLE,
+    machine("M3 Ultra", &["mac studio m3 ultra"], &[96, 256, 512], MAC, (819.0, 32.8), APPLE,
         "https://en.wikipedia.org/wiki/Apple_M3"),
-    machine("M4 Pro", &["mac mini m4 pro"], &[24, 48, 64], MAC, 273.0, 9.2, APPLE,
+    machine("M4 Pro", &["mac mini m4 pro"], &[24, 48, 64], MAC, (273.0, 9.2), APPLE,
         "https://en.wikipedia.org/wiki/Apple_M4"),
-    machine("M4 Max", &["mac studio m4 max", "macbook pro m4 max"], &[36, 48, 64, 128], MAC, 546.0, 18.4, APPLE,
+    machine("M4 Max", &["mac studio m4 max", "macbook pro m4 max"], &[36, 48, 64, 128], MAC, (546.0, 18.4), APPLE,
         "https://en.wikipedia.org/wiki/Apple_M4"),
-    machine("DGX Spark", &["gb10", "nvidia gb10"], &[128], Usable::AllBut(8), 273.0, 62.5, GB10,
+    machine("DGX Spark", &["gb10", "nvidia gb10"], &[128], Usable::AllBut(8), (273.0, 62.5), GB10,
         "https://whylucian.github.io/softab/docs/hardware-specs.html"),
-    machine("RTX 3090", &["geforce rtx 3090"], &[24], CARD, 936.0, 71.0, NVIDIA,
+    machine("RTX 3090", &["geforce rtx 3090"], &[24], CARD, (936.0, 71.0), NVIDIA,
         "https://images.nvidia.com/aem-dam/en-zz/Solutions/geforce/ampere/pdf/NVIDIA-ampere-GA102-GPU-Architecture-Whitepaper-V1.pdf"),
-    machine("RTX 4090", &["geforce rtx 4090"], &[24], CARD, 1008.0, 165.2, NVIDIA,
+    machine("RTX 4090", &["geforce rtx 4090"], &[24], CARD, (1008.0, 165.2), NVIDIA,
         "https://images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf"),
-    machine("RTX 5090", &["geforce rtx 5090"], &[32], CARD, 1792.0, 209.5, NVIDIA,
+    machine("RTX 5090", &["geforce rtx 5090"], &[32], CARD, (1792.0, 209.5), NVIDIA,
         "https://images.nvidia.com/aem-dam/Solutions/geforce/blackwell/nvidia-rtx-blackwell-gpu-architecture.pdf"),
-    machine("RTX PRO 6000", &["rtx pro 6000 blackwell"], &[96], CARD, 1792.0, 251.9, NVIDIA,
+    machine("RTX PRO 6000", &["rtx pro 6000 blackwell"], &[96], CARD, (1792.0, 251.9), NVIDIA,
         "https://whylucian.github.io/softab/docs/hardware-specs.html"),
-    machine("RTX A6000", &["a6000"], &[48], CARD, 768.0, 154.8, NVIDIA,
+    machine("RTX A6000", &["a6000"], &[48], CARD, (768.0, 154.8), NVIDIA,
         "https://www.nvidia.com/en-us/design-visualization/rtx-a6000/"),
-    machine("RX 7900 XTX", &["radeon rx 7900 xtx", "7900 xtx"], &[24], CARD, 960.0, 122.8, RADEON,
+    machine("RX 7900 XTX", &["radeon rx 7900 xtx", "7900 xtx"], &[24], CARD, (960.0, 122.8), RADEON,
         "https://www.amd.com/en/products/graphics/desktops/radeon/7000-series/amd-radeon-rx-7900xtx.html"),
 ];
 
@@ -253,7 +254,9 @@ pub enum BadMachines {
     #[error("the list of machines has {0} bytes, more than the {LIST_BYTES_MAX} that are read; put them into a file")]
     TooLong(usize),
     /// A number that is none.
-    #[error("{0:?} does not say how many: write a whole number from 1 to {MACHINES_MAX} before the x, as in 4x\"M4 Pro 64GB\"")]
+    #[error(
+        "{0:?} does not say how many: write a whole number from 1 to {MACHINES_MAX} before the x, as in 4x\"M4 Pro 64GB\""
+    )]
     Count(String),
     /// A quote that does not end.
     #[error("a quote in the list of machines does not end; write each name as \"name\"")]
@@ -374,7 +377,11 @@ mod tests {
     #[test]
     fn what_cannot_be_read_is_answered_with_what_to_do() {
         let said = |list: &str| parse(list).unwrap_err().to_string();
-        assert!(said("4x\"Ryzen AI Max 395 128GB\"").contains("Ryzen AI Max+ 395"), "{}", said("4x\"Ryzen AI Max 395\""));
+        assert!(
+            said("4x\"Ryzen AI Max 395 128GB\"").contains("Ryzen AI Max+ 395"),
+            "{}",
+            said("4x\"Ryzen AI Max 395\"")
+        );
         assert!(said("RTX 4090 48GB").contains("with 24 GB, not with 48"), "{}", said("RTX 4090 48GB"));
         assert!(said("0x\"M4 Pro\"").contains("from 1 to 64"));
         assert!(said("65x\"M4 Pro\"").contains("from 1 to 64"));

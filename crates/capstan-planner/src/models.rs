@@ -232,7 +232,13 @@ pub const MODELS: &[KnownModel] = &[
             context_train: 262_144,
             experts: experts(512, 10, 512, 512, 0),
             recurrent: Some(Recurrent { period: 4, key_heads: 16, value_heads: 32, head: 128, kernel: 4 }),
-            ..plain("qwen3next", 48, 2048, 151_936, Attention::Grouped { heads: 16, kv_heads: 2, head: 256, gated: true })
+            ..plain(
+                "qwen3next",
+                48,
+                2048,
+                151_936,
+                Attention::Grouped { heads: 16, kv_heads: 2, head: 256, gated: true },
+            )
         },
         published_billion: 80.0,
         published_active_billion: Some(3.0),

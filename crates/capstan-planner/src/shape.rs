@@ -93,7 +93,7 @@ pub struct Recurrent {
 }
 
 /// Experts of a layer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Experts {
     /// Routed ones.
     pub count: u32,
@@ -291,12 +291,6 @@ impl Shape {
 
     fn flags(&self, of: impl Fn(u32) -> bool) -> Value {
         Value::Array(Array::from_bool((0..self.n_layers).map(of)))
-    }
-}
-
-impl Default for Experts {
-    fn default() -> Self {
-        Self { count: 0, used: 0, width: 0, shared_width: 0, leading_dense: 0 }
     }
 }
 

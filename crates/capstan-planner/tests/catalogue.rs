@@ -2,14 +2,19 @@
 use capstan_planner::links::{self, Links};
 use capstan_planner::machines::{self, MACHINES, Machine};
 use capstan_planner::models::{self, MODELS};
-use capstan_planner::{Objective, Question, Subject, Unfit, answer};
+use capstan_planner::{Objective, Question, Subject, Unfit, answer, machines_for};
 
 #[test]
 fn shapes_have_the_published_number_of_weights() {
     for model in MODELS {
         let billion = model.shape.total_weights() as f64 / 1e9;
         let off = billion / model.published_billion - 1.0;
-        println!("{}: {billion:.2} billion weights, published {} ({:+.2} %)", model.name, model.published_billion, off * 100.0);
+        println!(
+            "{}: {billion:.2} billion weights, published {} ({:+.2} %)",
+            model.name,
+            model.published_billion,
+            off * 100.0
+        );
         assert!(off.abs() < 0.01, "{}: {billion} billion, published {}", model.name, model.published_billion);
         if let Some(published) = model.published_active_billion {
             let active = model.shape.active_weights() as f64 / 1e9;
@@ -33,7 +38,10 @@ fn a_profile_adds_up_and_has_the_size_of_the_file() {
                 let off = p.total_bytes as f64 / file as f64 - 1.0;
                 assert!(off.abs() < 1e-4, "{} {}: {} bytes for {file}", model.name, q.name, p.total_bytes);
                 let fitted = q.fitted(&model.shape);
-                println!("{} {}: {:.3} bits a routed weight, {:.3} in attention", model.name, q.name, fitted.routed_bits, fitted.attention_bits);
+                println!(
+                    "{} {}: {:.3} bits a routed weight, {:.3} in attention",
+                    model.name, q.name, fitted.routed_bits, fitted.attention_bits
+                );
                 assert!((2.0..9.0).contains(&fitted.routed_bits), "{} {}", model.name, q.name);
             }
             for l in &p.layers {
@@ -79,6 +87,30 @@ fn names_are_found_in_any_spelling_and_answered_with_the_nearest() {
     }
 }
 
+/// The fewest for a wanted speed, and none for one that no number of them reaches.
+#[test]
+fn so_many_machines_for_so_many_tokens_per_second() {
+    let (model, quantisation) = models::find("Llama 3.1 70B").unwrap();
+    let subject = Subject::known(model, quantisation);
+    let links = Links::all(links::parse("10GbE").unwrap());
+    let machines = machines::parse("RTX 3090").unwrap();
+    let question = Question {
+        subject: &subject,
+        machines: &machines,
+        links: &links,
+        ctx: 8192,
+        slots: 16,
+        ubatch: 512,
+        headroom_bytes: 0,
+        objective: Objective::Throughput,
+    };
+    assert!(answer(&question).unwrap_err().to_string().contains("It would fit on 3 of RTX 3090 24GB"));
+    let (few, slow) = machines_for(&question, 1.0).unwrap();
+    let (many, fast) = machines_for(&question, slow * 1.5).unwrap();
+    assert!(few == 3 && many > few && fast >= slow * 1.5, "{few} {slow} {many} {fast}");
+    assert_eq!(machines_for(&question, 1e9), None);
+}
+
 /// Whatever the model and the machines: no panic, nothing placed beyond what fits, and a sentence where nothing fits.
 #[test]
 fn every_model_on_every_machine() {
@@ -91,20 +123,40 @@ fn every_model_on_every_machine() {
                 for count in [1, 2, 4, 8] {
                     let machines = vec![machine.clone(); count];
                     let objective = if count % 4 == 0 { Objective::Throughput } else { Objective::Latency };
-                    let question =
-                        Question { subject: &subject, machines: &machines, links: &links, ctx: 8192, slots: 2, ubatch: 512, headroom_bytes: 0, objective };
+                    let question = Question {
+                        subject: &subject,
+                        machines: &machines,
+                        links: &links,
+                        ctx: 8192,
+                        slots: 2,
+                        ubatch: 512,
+                        headroom_bytes: 0,
+                        objective,
+                    };
                     match answer(&question) {
                         Ok(a) => {
                             fits += 1;
                             let placed: u64 = a.forecast.memory.iter().map(|m| m.weight_bytes).sum();
-                            assert!(placed >= subject.profile.total_bytes - subject.profile.embedding_bytes, "{}", a.model);
+                            assert!(
+                                placed >= subject.profile.total_bytes - subject.profile.embedding_bytes,
+                                "{}",
+                                a.model
+                            );
                             for m in &a.forecast.memory {
-                                assert!(m.weight_bytes + m.kv_bytes + m.compute_bytes <= m.usable_bytes, "{} on {}", a.model, m.machine);
+                                assert!(
+                                    m.weight_bytes + m.kv_bytes + m.compute_bytes <= m.usable_bytes,
+                                    "{} on {}",
+                                    a.model,
+                                    m.machine
+                                );
                             }
                             assert!(a.fewest <= a.stages.len() && a.stages.len() <= count && a.exact);
                             assert!(a.ctx_max >= 8192);
                             let all = a.forecast.decode.iter().map(|d| d.tokens_per_s);
-                            assert!(all.chain(a.forecast.first_token.iter().map(|f| f.seconds)).all(|x| x.is_finite() && x > 0.0));
+                            assert!(
+                                all.chain(a.forecast.first_token.iter().map(|f| f.seconds))
+                                    .all(|x| x.is_finite() && x > 0.0)
+                            );
                         }
                         Err(Unfit::Memory(lines)) => {
                             not += 1;

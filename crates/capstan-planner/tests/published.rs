@@ -1,7 +1,7 @@
 //! Forecasts beside what others published. Nothing was fitted to these figures: the constants come from measurements of
 //! other models on one machine, and of gpt-oss over RPC. The bands are what such a forecast is good for.
 use capstan_planner::links::{self, Links};
-use capstan_planner::{Answer, Objective, Question, Subject, answer, forecast, machines, models};
+use capstan_planner::{Answer, Objective, Question, Subject, answer, forecast, machines, models, picture};
 
 fn ask(model: &str, machines: &str, ctx: u32) -> Answer {
     let (model, quantisation) = models::find(model).unwrap();
@@ -24,21 +24,8 @@ fn ask(model: &str, machines: &str, ctx: u32) -> Answer {
 }
 
 fn print(a: &Answer) {
-    println!("\n{}", a.model);
-    a.explanation.iter().for_each(|line| println!("  {line}"));
-    for m in &a.forecast.memory {
-        println!("  {} layers {}: {:.1} GB of weights, {:.2} GB of KV cache", m.machine, m.layers, m.weight_bytes as f64 / 1e9, m.kv_bytes as f64 / 1e9);
-    }
-    for f in [&a.forecast, &a.plain_rpc] {
-        println!("  {:?}: load {:.0} s, again {:.0} s, {} bytes on the wire a token", f.wiring, f.first_load_s, f.load_s, f.wire_bytes_per_token);
-        for t in &f.first_token {
-            println!("    {} tokens of prompt: {:.1} s to the first token, {:.1} tok/s, chunks of {}", t.prompt_tokens, t.seconds, t.tokens_per_s, t.chunk_rows);
-        }
-        for d in &f.decode {
-            println!("    {} sequences {} deep: {:.2} tok/s in {} groups", d.sequences, d.depth_tokens, d.tokens_per_s, d.groups);
-        }
-    }
-    println!("  by machines: {:?}, longest context {}", a.by_machines, a.ctx_max);
+    println!("\n{}", picture::table(a));
+    println!("by number of machines: {:.2?}; longest context {}", a.by_machines, a.ctx_max);
 }
 
 fn within(what: &str, forecast: f64, published: std::ops::RangeInclusive<f64>, factor: f64) {

@@ -3,6 +3,7 @@ use std::ops::RangeInclusive;
 
 use capstan_proto::LayerRange;
 
+use super::rest::Rest;
 use super::{Arrangement, Kind, Problem, ROUNDING};
 
 /// Most steps of an exact search, each a few nanoseconds: seconds on a slow machine.
@@ -32,8 +33,8 @@ impl Goal {
 }
 
 pub(super) struct Search<'a> {
-    problem: &'a Problem<'a>,
-    n: usize,
+    pub(super) problem: &'a Problem<'a>,
+    pub(super) n: usize,
     /// Of each kind: the time of the first `l` layers.
     upto: Vec<Vec<f64>>,
     /// Of each kind and end: the first start from which a window fits its memory; the end itself when none does.
@@ -42,9 +43,9 @@ pub(super) struct Search<'a> {
     allowed: Vec<bool>,
     uniform: bool,
     /// Of each layer: a time that all after it take at least.
-    rest_s: Vec<f64>,
+    pub(super) rest_s: Vec<f64>,
     /// What the head takes at least.
-    least_head_s: f64,
+    pub(super) least_head_s: f64,
 }
 
 /// One more stage for each of some prefixes.
@@ -166,9 +167,9 @@ impl<'a> Search<'a> {
             }
             let mut found = f64::INFINITY;
             if !self.allowed.is_empty() || goal == Goal::Slowest && !monotone {
-                for start in from..last {
-                    if before[start].is_finite() && self.may(start, end) {
-                        found = found.min(goal.join(before[start], self.stage_s(k, start, end)));
+                for (start, &prefix) in before.iter().enumerate().take(last).skip(from) {
+                    if prefix.is_finite() && self.may(start, end) {
+                        found = found.min(goal.join(prefix, self.stage_s(k, start, end)));
                     }
                 }
             } else if goal == Goal::Way {
@@ -226,7 +227,9 @@ impl<'a> Search<'a> {
         let split = if self.uniform { self.over_counts(goal, cap, bound) } else { self.over_chains(goal, cap, bound) };
         // Equally good: the one with fewer machines, and that of the guess is as good as any.
         let better = |a: Option<Arrangement>, b: Option<Arrangement>| match (a, b) {
-            (Some(a), Some(b)) => Some(if self.value(goal, &b) < self.value(goal, &a) * (1.0 - ROUNDING) { b } else { a }),
+            (Some(a), Some(b)) => {
+                Some(if self.value(goal, &b) < self.value(goal, &a) * (1.0 - ROUNDING) { b } else { a })
+            }
             (a, b) => a.or(b),
         };
         better(better(whole, split), guess)
@@ -286,7 +289,9 @@ impl<'a> Search<'a> {
                     let mut tried = order.clone();
                     match other.checked_sub(order.len()) {
                         None => tried.swap(i, other),
-                        Some(k) if order.iter().filter(|&&o| o == k).count() < self.problem.kinds[k].count => tried[i] = k,
+                        Some(k) if order.iter().filter(|&&o| o == k).count() < self.problem.kinds[k].count => {
+                            tried[i] = k
+                        }
                         Some(_) => continue,
                     }
                     if tried == order {
@@ -531,7 +536,8 @@ impl<'a> Search<'a> {
             let start = self.start_of(last, goal, &froms, &before, end)?;
             stages.push((last, start, end));
             let value = |p: usize| goal.join(table[row(from, p) + start], self.hop(goal, p, last));
-            let prior = (0..m).filter(|&p| used(from, p) > 0 && !self.hop_exceeds(p, last, cap) && value(p).is_finite());
+            let prior =
+                (0..m).filter(|&p| used(from, p) > 0 && !self.hop_exceeds(p, last, cap) && value(p).is_finite());
             let prior = prior.min_by(|&a, &b| value(a).total_cmp(&value(b)))?;
             (state, last, end) = (from, prior, start);
         }
@@ -555,90 +561,5 @@ impl<'a> Search<'a> {
         }
         let range = |&(k, a, b): &(usize, usize, usize)| LayerRange::new(a as u32, b as u32).ok().map(|r| (k, r));
         Arrangement { stages: stages.iter().filter_map(range).collect(), way_s, slowest_s, exact: true }
-    }
-}
-
-/// What the layers after a prefix take at least, given which machines are left.
-struct Rest {
-    /// Of each kind: the most layers of a window.
-    reach: Vec<usize>,
-    /// Of each kind: the most work of a window, in seconds of the machine that is fastest at each layer.
-    work_s: Vec<f64>,
-    /// Of each layer: the kinds from the fastest to the slowest for it and all after it, and how many times slower than
-    /// that machine each is at least.
-    by_speed: Vec<Vec<(usize, f64)>>,
-    /// Kinds from the longest reach to the shortest.
-    by_reach: Vec<usize>,
-    hop: f64,
-}
-
-impl Rest {
-    fn new(search: &Search, froms: &[Vec<usize>], hop: f64) -> Self {
-        let (n, kinds) = (search.n, search.problem.kinds);
-        let least = |l: usize| kinds.iter().map(|k| k.layers_s[l]).fold(f64::INFINITY, f64::min);
-        let mut work = vec![0.0; n + 1];
-        for l in 0..n {
-            work[l + 1] = work[l] + least(l);
-        }
-        let widest = |k: usize| (1..=n).map(|end| work[end] - work[froms[k][end]]).fold(0.0, f64::max);
-        let slower = |k: &Kind, l: usize| if least(l) > 0.0 { k.layers_s[l] / least(l) } else { 1.0 };
-        let mut by_speed: Vec<Vec<(usize, f64)>> = vec![(0..kinds.len()).map(|k| (k, f64::INFINITY)).collect()];
-        for l in (0..n).rev() {
-            let after = &by_speed[by_speed.len() - 1];
-            by_speed.push(after.iter().map(|&(k, s)| (k, s.min(slower(&kinds[k], l)))).collect());
-        }
-        by_speed.reverse();
-        by_speed.iter_mut().for_each(|of| of.sort_by(|a, b| a.1.total_cmp(&b.1)));
-        let reach: Vec<usize> =
-            froms.iter().map(|of| (1..=n).map(|end| end - of[end]).max().unwrap_or(0)).collect();
-        let mut by_reach: Vec<usize> = (0..kinds.len()).collect();
-        by_reach.sort_by_key(|&k| std::cmp::Reverse(reach[k]));
-        Self { reach, work_s: (0..kinds.len()).map(widest).collect(), by_speed, by_reach, hop }
-    }
-
-    /// Discards prefixes that cannot become better than `bound`: what is left goes to the fastest machines first, and
-    /// over as few hops as possible, whether or not both can be had together.
-    fn discard(
-        &self,
-        search: &Search,
-        goal: Goal,
-        ends: RangeInclusive<usize>,
-        left: impl Fn(usize) -> usize,
-        bound: f64,
-        next: &mut [f64],
-    ) {
-        for l in ends {
-            if next[l].is_infinite() {
-                continue;
-            }
-            if goal == Goal::Way && next[l] + search.rest_s[l] > bound {
-                next[l] = f64::INFINITY;
-                continue;
-            }
-            let mut least = 0.0;
-            if goal == Goal::Way && l < search.n {
-                let (mut work, mut layers) = (search.rest_s[l] - search.least_head_s, search.n - l);
-                for &(k, slowness) in &self.by_speed[l] {
-                    let taken = work.min(self.work_s[k] * left(k) as f64);
-                    least += taken * slowness;
-                    work -= taken;
-                    if work <= 0.0 {
-                        break;
-                    }
-                }
-                for &k in &self.by_reach {
-                    if layers == 0 {
-                        break;
-                    }
-                    let machines = layers.div_ceil(self.reach[k].max(1)).min(left(k));
-                    least += self.hop * machines as f64;
-                    layers = layers.saturating_sub(machines * self.reach[k]);
-                }
-                least += search.least_head_s;
-            }
-            if next[l] + least > bound {
-                next[l] = f64::INFINITY;
-            }
-        }
     }
 }
