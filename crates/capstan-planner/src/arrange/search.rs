@@ -385,9 +385,10 @@ impl<'a> Search<'a> {
         let band = |held: usize| n.saturating_sub(total - held)..=held.min(n);
         // Rows of states without a prefix worth keeping are never written or read, so that they cost no memory.
         let mut table = vec![0.0; states * (n + 1)];
-        let mut alive = vec![false; states];
+        // Of each state: the shortest and the longest of them.
+        let mut alive: Vec<Option<(usize, usize)>> = vec![None; states];
         table[1..=n].fill(f64::INFINITY);
-        alive[0] = true;
+        alive[0] = Some((0, 0));
         let (mut next, mut queue) = (vec![f64::INFINITY; n + 1], Vec::new());
         let mut whole: Option<(f64, usize)> = None;
         for state in 1..states {
@@ -395,15 +396,16 @@ impl<'a> Search<'a> {
             let any = (0..kinds.len()).find(present).unwrap_or(0);
             held[state] = held[state - strides[any]] + rest.reach[any];
             let ends = band(held[state]);
-            let present = |k: &usize| present(k) && alive[state - strides[*k]];
+            let present = |k: &usize| present(k) && alive[state - strides[*k]].is_some();
             if ends.is_empty() || !(0..kinds.len()).any(|k| present(&k)) {
                 continue;
             }
             next.fill(f64::INFINITY);
             let prior = |k: usize| (state - strides[k]) * (n + 1)..(state - strides[k]) * (n + 1) + n + 1;
             for k in (0..kinds.len()).filter(present) {
-                let starts = band(held[state - strides[k]]);
-                let ends = (*ends.start()).max(1)..=*ends.end();
+                let Some((first, last)) = alive[state - strides[k]] else { continue };
+                let starts = first..=last;
+                let ends = (*ends.start()).max(first + 1)..=(*ends.end()).min(last + rest.reach[k]);
                 let step = Step { k, goal, froms: &froms[k], monotone: true, starts, ends };
                 self.extend(&step, &table[prior(k)], &mut next, &mut queue);
             }
@@ -421,8 +423,10 @@ impl<'a> Search<'a> {
             next[n] = f64::INFINITY;
             let left = |k: usize| kinds[k].count - used(state, k);
             rest.discard(self, goal, ends.clone(), left, bound, &mut next);
-            if next[ends].iter().any(|value| value.is_finite()) {
-                alive[state] = true;
+            let first = ends.clone().find(|&l| next[l].is_finite());
+            let last = ends.rev().find(|&l| next[l].is_finite());
+            alive[state] = first.zip(last);
+            if first.is_some() {
                 table[state * (n + 1)..=state * (n + 1) + n].copy_from_slice(&next);
             }
         }
@@ -431,7 +435,7 @@ impl<'a> Search<'a> {
         while end > 0 {
             // What came before: the value, the kind, where its stage starts; at the end itself when it is not used.
             let mut best: Option<(f64, usize, usize)> = None;
-            for k in (0..kinds.len()).filter(|&k| used(state, k) > 0 && alive[state - strides[k]]) {
+            for k in (0..kinds.len()).filter(|&k| used(state, k) > 0 && alive[state - strides[k]].is_some()) {
                 let at = (state - strides[k]) * (n + 1);
                 let before = &table[at..=at + n];
                 let placed = self.start_of(k, goal, &froms, before, end);
