@@ -391,8 +391,17 @@ impl<'a> Search<'a> {
         alive[0] = Some((0, 0));
         let (mut next, mut queue) = (vec![f64::INFINITY; n + 1], Vec::new());
         let mut whole: Option<(f64, usize)> = None;
+        // How many of each kind the state uses, counted on like an odometer: dividing would take most of the time.
+        let mut counts = vec![0usize; kinds.len()];
         for state in 1..states {
-            let present = |k: &usize| used(state, *k) > 0;
+            for (count, kind) in counts.iter_mut().zip(kinds) {
+                *count += 1;
+                if *count <= kind.count {
+                    break;
+                }
+                *count = 0;
+            }
+            let present = |k: &usize| counts[*k] > 0;
             let any = (0..kinds.len()).find(present).unwrap_or(0);
             held[state] = held[state - strides[any]] + rest.reach[any];
             let ends = band(held[state]);
@@ -421,7 +430,7 @@ impl<'a> Search<'a> {
                 whole = Some((next[n], state));
             }
             next[n] = f64::INFINITY;
-            let left = |k: usize| kinds[k].count - used(state, k);
+            let left = |k: usize| kinds[k].count - counts[k];
             rest.discard(self, goal, ends.clone(), left, bound, &mut next);
             let first = ends.clone().find(|&l| next[l].is_finite());
             let last = ends.rev().find(|&l| next[l].is_finite());
