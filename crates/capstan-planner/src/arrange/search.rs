@@ -1,5 +1,5 @@
 //! The search behind [`arrange`](super::arrange()).
-use std::ops::RangeInclusive;
+use std::ops::{Range, RangeInclusive};
 
 use capstan_proto::LayerRange;
 
@@ -383,12 +383,9 @@ impl<'a> Search<'a> {
         // The most layers that the machines of a state can hold; those left over must be able to hold the others.
         let mut held = vec![0usize; states];
         let band = |held: usize| n.saturating_sub(total - held)..=held.min(n);
-        // Rows of states without a prefix worth keeping are never written or read, so that they cost no memory.
-        let mut table = vec![0.0; states * (n + 1)];
-        // Of each state: the shortest and the longest of them.
-        let mut alive: Vec<Option<(usize, usize)>> = vec![None; states];
-        table[1..=n].fill(f64::INFINITY);
-        alive[0] = Some((0, 0));
+        let mut rows = Rows { spans: vec![None; states], cells: Vec::new() };
+        rows.put(0, 0..=0, &[0.0]);
+        let mut before = vec![f64::INFINITY; n + 1];
         let (mut next, mut queue) = (vec![f64::INFINITY; n + 1], Vec::new());
         let mut whole: Option<(f64, usize)> = None;
         // How many of each kind the state uses, counted on like an odometer: dividing would take most of the time.
@@ -405,23 +402,25 @@ impl<'a> Search<'a> {
             let any = (0..kinds.len()).find(present).unwrap_or(0);
             held[state] = held[state - strides[any]] + rest.reach[any];
             let ends = band(held[state]);
-            let present = |k: &usize| present(k) && alive[state - strides[*k]].is_some();
+            let present = |k: &usize| present(k) && rows.spans[state - strides[*k]].is_some();
             if ends.is_empty() || !(0..kinds.len()).any(|k| present(&k)) {
                 continue;
             }
             next.fill(f64::INFINITY);
-            let prior = |k: usize| (state - strides[k]) * (n + 1)..(state - strides[k]) * (n + 1) + n + 1;
             for k in (0..kinds.len()).filter(present) {
-                let Some((first, last)) = alive[state - strides[k]] else { continue };
+                let Some((first, values)) = rows.get(state - strides[k]) else { continue };
+                let last = first + values.len() - 1;
+                before[first..=last].copy_from_slice(values);
                 let starts = first..=last;
                 let ends = (*ends.start()).max(first + 1)..=(*ends.end()).min(last + rest.reach[k]);
                 let step = Step { k, goal, froms: &froms[k], monotone: true, starts, ends };
-                self.extend(&step, &table[prior(k)], &mut next, &mut queue);
+                self.extend(&step, &before, &mut next, &mut queue);
             }
             // Every stage of a pipeline has a hop before it: the first one's closes the ring.
             next[ends.clone()].iter_mut().for_each(|to| *to = goal.join(*to, hop));
             for k in (0..kinds.len()).filter(|k| goal == Goal::Slowest && present(k)) {
-                for (to, &unused) in next[ends.clone()].iter_mut().zip(&table[prior(k)][ends.clone()]) {
+                let Some((first, values)) = rows.get(state - strides[k]) else { continue };
+                for (to, &unused) in next[first..].iter_mut().zip(values) {
                     *to = to.min(unused);
                 }
             }
@@ -434,9 +433,8 @@ impl<'a> Search<'a> {
             rest.discard(self, goal, ends.clone(), left, bound, &mut next);
             let first = ends.clone().find(|&l| next[l].is_finite());
             let last = ends.rev().find(|&l| next[l].is_finite());
-            alive[state] = first.zip(last);
-            if first.is_some() {
-                table[state * (n + 1)..=state * (n + 1) + n].copy_from_slice(&next);
+            if let (Some(first), Some(last)) = (first, last) {
+                rows.put(state, first..=last, &next[first..=last]);
             }
         }
         let (mut state, mut end) = (whole?.1, n);
@@ -444,10 +442,11 @@ impl<'a> Search<'a> {
         while end > 0 {
             // What came before: the value, the kind, where its stage starts; at the end itself when it is not used.
             let mut best: Option<(f64, usize, usize)> = None;
-            for k in (0..kinds.len()).filter(|&k| used(state, k) > 0 && alive[state - strides[k]].is_some()) {
-                let at = (state - strides[k]) * (n + 1);
-                let before = &table[at..=at + n];
-                let placed = self.start_of(k, goal, &froms, before, end);
+            for k in (0..kinds.len()).filter(|&k| used(state, k) > 0 && rows.spans[state - strides[k]].is_some()) {
+                let Some((first, values)) = rows.get(state - strides[k]) else { continue };
+                before.fill(f64::INFINITY);
+                before[first..first + values.len()].copy_from_slice(values);
+                let placed = self.start_of(k, goal, &froms, &before, end);
                 let placed = placed.map(|s| (goal.join(goal.join(before[s], self.stage_s(k, s, end)), hop), k, s));
                 let unused = (goal == Goal::Slowest).then_some((before[end], k, end));
                 for offer in [unused, placed].into_iter().flatten() {
@@ -574,5 +573,25 @@ impl<'a> Search<'a> {
         }
         let range = |&(k, a, b): &(usize, usize, usize)| LayerRange::new(a as u32, b as u32).ok().map(|r| (k, r));
         Arrangement { stages: stages.iter().filter_map(range).collect(), way_s, slowest_s, exact: true }
+    }
+}
+
+/// Of each state the prefixes worth keeping, one state's after the other's: few states have many.
+struct Rows {
+    /// The shortest of them, and where they lie.
+    spans: Vec<Option<(usize, Range<usize>)>>,
+    cells: Vec<f64>,
+}
+
+impl Rows {
+    fn put(&mut self, state: usize, lengths: RangeInclusive<usize>, values: &[f64]) {
+        let at = self.cells.len();
+        self.cells.extend_from_slice(values);
+        self.spans[state] = Some((*lengths.start(), at..self.cells.len()));
+    }
+
+    fn get(&self, state: usize) -> Option<(usize, &[f64])> {
+        let (first, at) = self.spans[state].clone()?;
+        Some((first, &self.cells[at]))
     }
 }
