@@ -98,8 +98,8 @@ fn so_many_machines_for_so_many_tokens_per_second() {
         subject: &subject,
         machines: &machines,
         links: &links,
-        ctx: 8192,
-        slots: 16,
+        ctx: 1024,
+        slots: 64,
         ubatch: 512,
         headroom_bytes: 0,
         objective: Objective::Throughput,
@@ -107,8 +107,8 @@ fn so_many_machines_for_so_many_tokens_per_second() {
     let (few, slow) = machines_for(&question, 1.0).unwrap();
     let said = answer(&question).unwrap_err().to_string();
     assert!(said.contains(&format!("It would fit on {few} of RTX 3090 24GB.")), "{said}");
-    let (many, fast) = machines_for(&question, slow * 1.5).unwrap();
-    assert!(few > 2 && many > few && fast >= slow * 1.5, "{few} {slow} {many} {fast}");
+    let (many, fast) = machines_for(&question, slow * 1.2).unwrap();
+    assert!(few > 2 && many > few && fast >= slow * 1.2, "{few} {slow} {many} {fast}");
     assert_eq!(machines_for(&question, 1e9), None);
 }
 
