@@ -15,6 +15,8 @@ use crate::timing::{Batch, Times, hidden_bytes, hop_s};
 
 /// Depth for which layers are dealt out: a conversation of some length.
 const TYPICAL_DEPTH_TOKENS: u64 = 4096;
+/// Prompt by which prefill is compared.
+const TYPICAL_PROMPT_TOKENS: u32 = 2048;
 /// How much faster the link is in "what a faster link would bring".
 const FASTER_LINK: f64 = 10.0;
 /// Contexts are tried in steps of this: llama.cpp rounds up to it.
@@ -336,9 +338,21 @@ impl<'a> Desk<'a> {
 
     /// Tokens per second of one sequence, or of all slots where throughput is wanted.
     fn speed(&self, fleet: &Fleet) -> Option<f64> {
+        self.with_pipeline(fleet, |pipeline| self.speed_of(pipeline))
+    }
+
+    /// What is said of the best arrangement over some machines.
+    fn with_pipeline<T>(&self, fleet: &Fleet, of: impl FnOnce(&Pipeline) -> T) -> Option<T> {
         let found = self.arrange(fleet)?;
         let (placed, ring) = (self.place(fleet, &found), fleet.ring(&found));
-        Some(self.speed_of(&Pipeline { profile: self.profile(), stages: &placed, ring: &ring }))
+        Some(of(&Pipeline { profile: self.profile(), stages: &placed, ring: &ring }))
+    }
+
+    /// Tokens per second, and tokens of a prompt per second until the first token of the answer.
+    fn speeds_of(&self, pipeline: &Pipeline) -> (f64, f64) {
+        let prompt = TYPICAL_PROMPT_TOKENS.min(self.question.ctx);
+        let first = pipeline.first_token(Wiring::Capstan, prompt, self.question.ubatch);
+        (self.speed_of(pipeline), first.tokens_per_s)
     }
 
     fn speed_of(&self, pipeline: &Pipeline) -> f64 {
@@ -522,15 +536,19 @@ impl<'a> Desk<'a> {
     }
 
     fn explain_more(&self, fleet: &Fleet, pipeline: &Pipeline, lines: &mut Vec<String>) {
-        let now = self.speed_of(pipeline);
-        let change = |then: f64| match then / now - 1.0 {
-            gain if gain >= 0.005 => format!("{:.0} % more tokens per second", gain * 100.0),
-            gain if gain <= -0.005 => format!("{:.0} % fewer tokens per second", -gain * 100.0),
-            _ => "nothing".to_owned(),
+        let now = self.speeds_of(pipeline);
+        let percent = |then: f64, now: f64, what: &str| match then / now - 1.0 {
+            gain if gain >= 0.005 => format!("{:.0} % more {what}", gain * 100.0),
+            gain if gain <= -0.005 => format!("{:.0} % fewer {what}", -gain * 100.0),
+            _ => format!("no more {what}"),
+        };
+        let change = |then: (f64, f64)| {
+            let (decode, prompt) = ("tokens per second", "tokens of a prompt per second");
+            format!("{} and {}", percent(then.0, now.0, decode), percent(then.1, now.1, prompt))
         };
         if fleet.machines.len() < MACHINES_MAX {
             for kind in 0..fleet.members.len().min(4) {
-                if let Some(then) = self.speed(&fleet.with_another(kind)) {
+                if let Some(then) = self.with_pipeline(&fleet.with_another(kind), |p| self.speeds_of(p)) {
                     lines.push(format!("One more {} would bring {}.", fleet.machine(kind).name, change(then)));
                 }
             }
@@ -541,7 +559,7 @@ impl<'a> Desk<'a> {
                 usual: faster(fleet.links.usual),
                 between: fleet.links.between.iter().map(|&(a, b, l)| (a, b, faster(l))).collect(),
             };
-            if let Some(then) = self.speed(&Fleet::of(&fleet.machines, &links)) {
+            if let Some(then) = self.with_pipeline(&Fleet::of(&fleet.machines, &links), |p| self.speeds_of(p)) {
                 lines.push(format!("Links with {FASTER_LINK:.0} times the bandwidth would bring {}.", change(then)));
             }
         }
