@@ -39,12 +39,14 @@ pub struct ModelProfile {
     pub output_weights: u64,
     /// Bytes of all tensors, extra prediction layers included.
     pub total_bytes: u64,
+    /// How many weights these bytes are.
+    pub total_weights: u64,
     /// The head is the embedding table.
     pub tied: bool,
 }
 
 /// A layer in numbers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LayerProfile {
     /// Bytes of its tensors.
     pub weight_bytes: u64,
@@ -52,30 +54,82 @@ pub struct LayerProfile {
     pub active_bytes: u64,
     /// How many weights these bytes are: with few bits a weight, unpacking them takes longer than reading them.
     pub active_weights: u64,
+    /// Of [`LayerProfile::weight_bytes`] those of all routed experts: which of them a micro-batch reads depends on it.
+    pub expert_bytes: u64,
+    /// How many weights these bytes are.
+    pub expert_weights: u64,
+    /// Routed experts; 0 in a layer without.
+    pub experts: u32,
+    /// How many of them a token uses.
+    pub experts_used: u32,
     /// Bytes of KV cache per token at f16; 0 for a recurrent layer.
     pub kv_bytes_per_token: u64,
     /// Bytes of state per slot of a recurrent layer; 0 for others.
     pub recurrent_state_bytes: u64,
+    /// Floating-point operations of attention for one row and one position that it looks at.
+    pub attention_flops_per_position: u64,
+    /// How many positions back a row looks; 0 when it looks at all.
+    pub window_tokens: u32,
+}
+
+impl LayerProfile {
+    /// Bytes that every micro-batch reads, whichever experts its rows choose.
+    pub fn shared_bytes(&self) -> u64 {
+        self.weight_bytes.saturating_sub(self.expert_bytes)
+    }
+    /// How many weights these bytes are: what is active less what a token's experts have of it.
+    pub fn shared_weights(&self) -> u64 {
+        self.active_weights.saturating_sub(share(self.expert_weights, self.experts_used, self.experts))
+    }
+    /// How many different experts so many rows are expected to choose, each choosing evenly and on its own. Real routers
+    /// are less even, and then it is fewer.
+    pub fn distinct_experts(&self, rows: u32) -> f64 {
+        if self.experts == 0 {
+            return 0.0;
+        }
+        let (all, used) = (f64::from(self.experts), f64::from(self.experts_used.min(self.experts)));
+        all * (1.0 - (1.0 - used / all).powf(f64::from(rows)))
+    }
+    /// How many positions a row at this depth looks at.
+    pub fn visible_tokens(&self, depth_tokens: u64) -> u64 {
+        if self.window_tokens == 0 { depth_tokens } else { depth_tokens.min(u64::from(self.window_tokens)) }
+    }
+}
+
+/// `used` of `all` equal parts of a number.
+fn share(of_all: u64, used: u32, all: u32) -> u64 {
+    if all == 0 || used >= all {
+        return of_all;
+    }
+    (u128::from(of_all) * u128::from(used) / u128::from(all)) as u64
 }
 
 pub(crate) fn profile(model: &Model) -> ModelProfile {
     let f = Facts { meta: model.metadata(), arch: model.architecture() };
     let mut layers: Vec<LayerProfile> = (0..model.n_layers())
         .map(|i| LayerProfile {
-            weight_bytes: 0,
-            active_bytes: 0,
-            active_weights: 0,
             kv_bytes_per_token: kv_bytes(model, &f, i),
             recurrent_state_bytes: state_bytes(model, &f, i),
+            attention_flops_per_position: attention_flops(model, &f, i),
+            window_tokens: window_tokens(model, &f, i),
+            ..LayerProfile::default()
         })
         .collect();
-    let mut total_bytes = 0u64;
+    let (mut total_bytes, mut total_weights) = (0u64, 0u64);
     for t in model.tensors() {
         total_bytes = total_bytes.saturating_add(t.bytes);
+        total_weights = total_weights.saturating_add(weights(t));
         let Some((i, name)) = t.layer() else { continue };
         let Some(layer) = layers.get_mut(i as usize) else { continue };
         layer.weight_bytes = layer.weight_bytes.saturating_add(t.bytes);
-        let active = |all| if name.contains("exps") { used_experts(&f, i, all) } else { all };
+        let (used, all) = experts(&f, i);
+        let routed = name.contains("exps") && all > 0;
+        if routed {
+            (layer.experts_used, layer.experts) = (used, all);
+            layer.expert_bytes = layer.expert_bytes.saturating_add(t.bytes);
+            layer.expert_weights = layer.expert_weights.saturating_add(weights(t));
+        }
+        let active = |of_all| if routed { share(of_all, used, all) } else { of_all };
         layer.active_bytes = layer.active_bytes.saturating_add(active(t.bytes));
         layer.active_weights = layer.active_weights.saturating_add(active(weights(t)));
     }
@@ -95,6 +149,7 @@ pub(crate) fn profile(model: &Model) -> ModelProfile {
         output_bytes: head.map_or(0, |t| t.bytes) + bytes("output_norm.weight"),
         output_weights: head.map_or(0, weights),
         total_bytes,
+        total_weights,
         tied,
     }
 }
@@ -103,12 +158,12 @@ fn weights(tensor: &TensorInfo) -> u64 {
     tensor.dims.iter().fold(1, |product: u64, &dim| product.saturating_mul(dim))
 }
 
-/// The share of all experts' bytes or weights that one token uses.
-fn used_experts(f: &Facts<'_>, layer: u32, of_all: u64) -> u64 {
-    let count = |bare, i| f.per_layer(bare, i).and_then(|n| u64::try_from(n).ok()).filter(|n| *n > 0);
-    match (count("expert_used_count", layer), count("expert_count", layer)) {
-        (Some(used), Some(all)) if used < all => (u128::from(of_all) * u128::from(used) / u128::from(all)) as u64,
-        _ => of_all,
+/// How many routed experts a token uses in a layer, and how many there are; twice 0 when the file does not say.
+fn experts(f: &Facts<'_>, layer: u32) -> (u32, u32) {
+    let count = |bare| f.per_layer(bare, layer).and_then(|n| u32::try_from(n).ok()).filter(|n| *n > 0);
+    match (count("expert_used_count"), count("expert_count")) {
+        (Some(used), Some(all)) => (used.min(all), all),
+        _ => (0, 0),
     }
 }
 
@@ -140,6 +195,25 @@ fn kv_bytes(model: &Model, f: &Facts<'_>, layer: u32) -> u64 {
     let own = windows.own_indexer().is_none_or(|o| o.get(layer as usize).copied().unwrap_or(true));
     let indexer = if own { number(f, "attention.indexer.key_length", layer).unwrap_or(0) } else { 0 };
     (kv_heads * (length("attention.key_length") + values) + indexer) * F16_BYTES
+}
+
+/// Scores and the weighted sum: a multiplication and an addition for each element of key and value, in every head. None
+/// where nothing is cached to look at.
+fn attention_flops(model: &Model, f: &Facts<'_>, layer: u32) -> u64 {
+    if kv_bytes(model, f, layer) == 0 {
+        return 0;
+    }
+    let heads = number(f, "attention.head_count", layer).unwrap_or(0);
+    let default = u64::from(model.n_embd()).checked_div(heads).unwrap_or(0);
+    let length = |bare| number(f, bare, layer).unwrap_or(default);
+    2 * heads * (length("attention.key_length") + length("attention.value_length"))
+}
+
+fn window_tokens(model: &Model, f: &Facts<'_>, layer: u32) -> u32 {
+    if !is(model.windows().sliding(), layer) {
+        return 0;
+    }
+    number(f, "attention.sliding_window", layer).map_or(0, |n| n as u32)
 }
 
 /// What llama.cpp allocates for a recurrent layer and slot: the tail of a convolution, and the state itself.

@@ -276,3 +276,25 @@ fn profiles_count_what_llama_cpp_allocates() {
     let tied = profile("gemma3");
     assert!(tied.tied && tied.output_bytes > tied.embedding_bytes);
 }
+
+#[test]
+fn what_is_active_is_what_all_read_and_the_share_of_the_experts() {
+    let mut with_experts = 0;
+    for name in tiny::names() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model.gguf");
+        tiny::write(name, &path).unwrap();
+        let profile = Model::open(&path).unwrap().profile();
+        for (i, l) in profile.layers.iter().enumerate() {
+            let used = l.expert_bytes.checked_div(u64::from(l.experts)).unwrap_or(0) * u64::from(l.experts_used);
+            assert!(l.active_bytes.abs_diff(l.shared_bytes() + used) <= u64::from(l.experts), "{name} layer {i}");
+            assert!((l.distinct_experts(1) - f64::from(l.experts_used)).abs() < 1e-6, "{name} layer {i}");
+            assert!(l.shared_weights() > 0 && l.experts_used <= l.experts);
+            with_experts += usize::from(l.experts > 0);
+            // Whoever caches keys also looks at them.
+            assert_eq!(l.kv_bytes_per_token > 0, l.attention_flops_per_position > 0, "{name} layer {i}");
+        }
+        assert!(profile.total_weights > 0);
+    }
+    assert!(with_experts > 50, "{with_experts}");
+}

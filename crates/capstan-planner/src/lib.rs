@@ -1,21 +1,53 @@
-//! Topology and cost in, placement and its explanation out: a pure function.
+//! Topology and cost in, placement, forecast and explanation out: pure functions.
 //!
-//! It gives the stages equal work, under the memory of the nodes and the windows that an architecture allows.
+//! Two ways lead to a placement. [`plan()`] places a model on the nodes of a cluster, all taken as equally fast.
+//! [`answer()`] plans with machines of known speed, of a catalogue or of one's own, before anybody buys, downloads or
+//! waits: whether a model fits, on how many of them, and how fast it will be.
 //!
 //! | module | idea |
 //! |---|---|
-//! | [`cost`] | what a window needs in memory and in time |
+//! | [`cost`] | what a window needs in memory and, for nodes taken as equal, in time |
 //! | [`placement`] | ordered stages that provably cover every layer once |
-//! | [`plan`](mod@plan) | which layers go where, or a sentence that says why nowhere |
+//! | [`plan`](mod@plan) | which layers go where on the nodes of a cluster, or a sentence that says why nowhere |
+//! | [`shape`] | a model's shape from its public configuration, and the profile of a quantisation of it |
+//! | [`quant`] | how many bits the weights of a quantisation take |
+//! | [`models`] | the catalogue of large models |
+//! | [`machines`] | the catalogue of machines, what they reach, and lists of them as people type them |
+//! | [`machine_file`] | machines of one's own from TOML |
+//! | [`links`] | round trips and bandwidths between machines |
+//! | [`timing`] | how long a machine takes for a micro-batch on some layers |
+//! | [`arrange`] | the best order and cut over unequal machines, exactly |
+//! | [`forecast`] | time to the first token, tokens per second, memory, loading, traffic |
+//! | [`answer`](mod@answer) | the whole answer to "how many, and how fast", in sentences |
+//! | [`picture`] | the answer as a table and as an SVG |
+//! | [`names`] | names in any spelling, and the nearest ones when unknown |
 #![forbid(unsafe_code)]
 
+pub mod answer;
+pub mod arrange;
 pub mod cost;
+pub mod forecast;
+pub mod links;
+pub mod machine_file;
+pub mod machines;
+pub mod models;
+pub mod names;
+pub mod picture;
 pub mod placement;
 pub mod plan;
+pub mod quant;
+pub mod shape;
+pub mod timing;
 
+pub use answer::{Answer, Question, Subject, Unfit, answer, machines_for};
+pub use arrange::Objective;
 pub use cost::{Need, Sizes};
+pub use forecast::Forecast;
+pub use links::{Link, Links};
+pub use machines::{Machine, Rates};
 pub use placement::{BadPlacement, Placement, StagePlan};
 pub use plan::{NodeResources, PlanError, PlanInput, PlanOptions, plan};
+pub use shape::Shape;
 
 /// Bytes for people: `1.5 GiB`, `312 MiB`.
 pub fn human_bytes(bytes: u64) -> String {

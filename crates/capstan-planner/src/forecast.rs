@@ -1,0 +1,313 @@
+//! How fast a placement will be: time to the first token, tokens per second, memory, loading, traffic.
+//!
+//! Reckoned two ways. *Capstan*: stages work at once, a prompt goes through in chunks, sequences in groups, and each
+//! stage sends straight to the next. *Plain RPC*: llama.cpp's own, where one machine works at a time and the first one
+//! hands everything on. Guessed tokens are left out of both: what they bring depends on the text.
+use capstan_gguf::ModelProfile;
+use capstan_proto::LayerRange;
+use serde::Serialize;
+
+use crate::cost::Need;
+use crate::links::Link;
+use crate::machines::Rates;
+use crate::timing::{Batch, HOP_S, Times, hidden_bytes, hop_s};
+
+/// Prompt lengths that a forecast lists.
+pub const PROMPT_TOKENS: [u32; 4] = [512, 2048, 8192, 32_768];
+/// Depths that it lists.
+pub const DEPTH_TOKENS: [u64; 4] = [0, 4096, 32_768, 131_072];
+/// Sequences at once that it lists.
+pub const SEQUENCES: [u32; 5] = [1, 2, 4, 8, 16];
+/// Sizes of chunks that are tried; those above the micro-batch's limit are not.
+const CHUNK_ROWS: [u32; 6] = [64, 128, 256, 512, 1024, 2048];
+/// Rows that plain RPC computes at once: llama.cpp's default.
+const RPC_CHUNK_ROWS: u32 = 512;
+/// What each remote node adds to a step of llama.cpp's RPC, in seconds: the graph is sent and read anew, and results pass
+/// through the first machine. gpt-oss-120b decodes at 33.6 tok/s on one Ryzen AI Max+ 395 and at 21.6 on four, which is
+/// 5.5 ms for each of three remote ones; gpt-oss-20b at 27.95 on four, where one should reach 48, shows 4.9 ms
+/// (<https://github.com/lhl/strix-halo-testing>, rpc-test).
+pub const RPC_NODE_S: f64 = 5.2e-3;
+
+/// How the machines work together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Wiring {
+    /// Stages that all work at once.
+    Capstan,
+    /// llama.cpp's RPC backend.
+    PlainRpc,
+}
+
+/// A stage on a machine.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Placed {
+    /// The machine's name.
+    pub machine: String,
+    /// What it reaches.
+    pub rates: Rates,
+    /// Memory of it that a stage may take, in bytes.
+    pub usable_bytes: u64,
+    /// The layers.
+    pub layers: LayerRange,
+    /// What they need.
+    pub need: Need,
+}
+
+/// Stages in order, and the links between them.
+pub struct Pipeline<'a> {
+    /// The model.
+    pub profile: &'a ModelProfile,
+    /// In pipeline order; the last one computes the head.
+    pub stages: &'a [Placed],
+    /// `ring[i]` leads from stage `i` to the next one, the last one's to the first.
+    pub ring: &'a [Link],
+}
+
+/// Time to the first token.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct FirstToken {
+    /// Tokens of the prompt.
+    pub prompt_tokens: u32,
+    /// Until the first token of the answer.
+    pub seconds: f64,
+    /// Prompt tokens per second.
+    pub tokens_per_s: f64,
+    /// Rows of the chunks that the prompt is cut into.
+    pub chunk_rows: u32,
+}
+
+/// Tokens per second.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Decode {
+    /// Tokens before each sequence.
+    pub depth_tokens: u64,
+    /// Sequences at once.
+    pub sequences: u32,
+    /// Of all sequences together.
+    pub tokens_per_s: f64,
+    /// From one token of a sequence to its next.
+    pub step_s: f64,
+    /// Groups that they are dealt into.
+    pub groups: u32,
+}
+
+/// Memory on one machine.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct NodeMemory {
+    /// Which.
+    pub machine: String,
+    /// Layers `start..end`.
+    pub layers: String,
+    /// Weights, in bytes.
+    pub weight_bytes: u64,
+    /// KV cache and recurrent state, in bytes.
+    pub kv_bytes: u64,
+    /// Compute buffers and the process, in bytes.
+    pub compute_bytes: u64,
+    /// What a stage may take there, in bytes.
+    pub usable_bytes: u64,
+}
+
+/// The forecast of a placement.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Forecast {
+    /// How the machines work together.
+    pub wiring: Wiring,
+    /// By prompt length.
+    pub first_token: Vec<FirstToken>,
+    /// By depth for one sequence, then by number of sequences at 4096 tokens.
+    pub decode: Vec<Decode>,
+    /// By machine.
+    pub memory: Vec<NodeMemory>,
+    /// Seconds until the model runs when one machine has the file and the others get their shards from it.
+    pub first_load_s: f64,
+    /// Seconds when each has its shard on disk; of plain RPC, which keeps nothing, the same as the first.
+    pub load_s: f64,
+    /// Bytes on all links together for one token of one sequence.
+    pub wire_bytes_per_token: u64,
+}
+
+impl Forecast {
+    /// Tokens per second of one sequence at a listed depth.
+    pub fn alone(&self, depth_tokens: u64) -> Option<f64> {
+        let is = |d: &&Decode| d.sequences == 1 && d.depth_tokens == depth_tokens;
+        self.decode.iter().find(is).map(|d| d.tokens_per_s)
+    }
+}
+
+impl Pipeline<'_> {
+    /// All of it, for contexts of `ctx` tokens, `slots` sequences and micro-batches of at most `ubatch` rows.
+    pub fn forecast(&self, wiring: Wiring, ctx: u32, slots: u32, ubatch: u32) -> Forecast {
+        let fits = |tokens: u64| tokens < u64::from(ctx);
+        let mut decode: Vec<_> =
+            DEPTH_TOKENS.into_iter().filter(|&d| fits(d)).map(|depth| self.decode(wiring, 1, depth)).collect();
+        let depth = DEPTH_TOKENS[1].min(u64::from(ctx.saturating_sub(1)));
+        decode.extend(SEQUENCES.into_iter().filter(|&n| n > 1 && n <= slots).map(|n| self.decode(wiring, n, depth)));
+        let prompts = PROMPT_TOKENS.into_iter().filter(|&p| fits(p.into()));
+        let (first_load_s, load_s) = self.load_s(wiring);
+        Forecast {
+            wiring,
+            first_token: prompts.map(|p| self.first_token(wiring, p, ubatch)).collect(),
+            decode,
+            memory: self.stages.iter().map(Placed::memory).collect(),
+            first_load_s,
+            load_s,
+            wire_bytes_per_token: self.wire_bytes(wiring),
+        }
+    }
+
+    /// What each stage takes for a micro-batch.
+    pub fn stage_s(&self, batch: Batch) -> Vec<f64> {
+        self.stages.iter().map(|s| Times::of(self.profile, &s.rates, batch).stage_s(s.layers)).collect()
+    }
+
+    /// What each hop takes for so many rows; one machine has none.
+    fn hops_s(&self, rows: u32) -> Vec<f64> {
+        match self.stages.len() {
+            1 => vec![0.0],
+            _ => self.ring.iter().map(|&link| hop_s(self.profile, link, rows)).collect(),
+        }
+    }
+
+    /// What RPC adds for so many rows: each remote machine's share, and hidden states that go through the first machine.
+    fn rpc_s(&self, rows: u32) -> f64 {
+        let bytes = hidden_bytes(self.profile, rows) as f64;
+        let remote = self.ring.iter().take(self.stages.len() - 1);
+        remote.map(|link| RPC_NODE_S + 2.0 * link.way_s(bytes)).sum()
+    }
+
+    /// Tokens per second of so many sequences, all so deep.
+    pub fn decode(&self, wiring: Wiring, sequences: u32, depth_tokens: u64) -> Decode {
+        let sequences = sequences.max(1);
+        let of = |groups: u32, step_s: f64| Decode {
+            depth_tokens,
+            sequences,
+            tokens_per_s: f64::from(sequences) / step_s,
+            step_s,
+            groups,
+        };
+        let batch = |sequences| Batch::Decode { sequences, depth_tokens };
+        if wiring == Wiring::PlainRpc {
+            return of(1, self.stage_s(batch(sequences)).iter().sum::<f64>() + self.rpc_s(sequences));
+        }
+        let step = |groups: u32| {
+            let rows = sequences.div_ceil(groups);
+            let (stages, hops) = (self.stage_s(batch(rows)), self.hops_s(rows));
+            let way: f64 = stages.iter().sum::<f64>() + hops.iter().sum::<f64>();
+            let slowest = stages.iter().copied().fold(self.wire_s(rows), f64::max);
+            way.max(f64::from(groups) * slowest)
+        };
+        // One group more than stages keeps all at work while one is on its way.
+        let most = sequences.min(self.stages.len() as u32 + 1);
+        let best = (1..=most).map(|g| of(g, step(g))).min_by(|a, b| a.step_s.total_cmp(&b.step_s));
+        best.unwrap_or_else(|| of(1, step(1)))
+    }
+
+    /// For how long so many rows keep the slowest link.
+    fn wire_s(&self, rows: u32) -> f64 {
+        if self.stages.len() == 1 {
+            return 0.0;
+        }
+        let bytes = hidden_bytes(self.profile, rows) as f64;
+        self.ring.iter().map(|link| link.wire_s(bytes)).fold(0.0, f64::max)
+    }
+
+    /// Time to the first token of a prompt, cut as is best.
+    pub fn first_token(&self, wiring: Wiring, prompt_tokens: u32, ubatch: u32) -> FirstToken {
+        let of = |chunk_rows: u32| {
+            let seconds = match wiring {
+                Wiring::Capstan => self.flow_s(prompt_tokens, chunk_rows),
+                Wiring::PlainRpc => self.one_by_one_s(prompt_tokens, chunk_rows),
+            };
+            FirstToken { prompt_tokens, seconds, tokens_per_s: f64::from(prompt_tokens) / seconds, chunk_rows }
+        };
+        if wiring == Wiring::PlainRpc {
+            return of(RPC_CHUNK_ROWS.min(ubatch.max(1)));
+        }
+        let sizes = CHUNK_ROWS.into_iter().filter(|&rows| rows <= ubatch);
+        let best = sizes.map(of).min_by(|a, b| a.seconds.total_cmp(&b.seconds));
+        best.unwrap_or_else(|| of(ubatch.max(1)))
+    }
+
+    fn chunks(prompt_tokens: u32, chunk_rows: u32) -> impl Iterator<Item = Batch> {
+        (0..prompt_tokens.div_ceil(chunk_rows)).map(move |i| Batch::Chunk {
+            rows: chunk_rows.min(prompt_tokens - i * chunk_rows),
+            depth_tokens: u64::from(i) * u64::from(chunk_rows),
+        })
+    }
+
+    /// Chunks that follow each other through the stages: each begins when the stage is free and the chunk has arrived.
+    fn flow_s(&self, prompt_tokens: u32, chunk_rows: u32) -> f64 {
+        let mut free_s = vec![0.0f64; self.stages.len()];
+        for batch in Self::chunks(prompt_tokens, chunk_rows) {
+            let (stages, hops) = (self.stage_s(batch), self.hops_s(batch.rows()));
+            let wire = self.wire_s(batch.rows());
+            // The driver, beside the last stage, sends the rows of embeddings to the first.
+            let mut arrived = *hops.last().unwrap_or(&0.0);
+            for (i, free) in free_s.iter_mut().enumerate() {
+                *free = arrived.max(*free) + stages[i].max(wire);
+                arrived = *free + hops[i];
+            }
+        }
+        free_s.last().copied().unwrap_or(0.0)
+    }
+
+    fn one_by_one_s(&self, prompt_tokens: u32, chunk_rows: u32) -> f64 {
+        let of = |batch: Batch| self.stage_s(batch).iter().sum::<f64>() + self.rpc_s(batch.rows());
+        Self::chunks(prompt_tokens, chunk_rows).map(of).sum()
+    }
+
+    /// Loading for the first time and again.
+    fn load_s(&self, wiring: Wiring) -> (f64, f64) {
+        let bytes = |s: &Placed| s.need.weights as f64;
+        let again = self.stages.iter().map(|s| bytes(s) / s.rates.disk_bytes_per_s).fold(0.0, f64::max);
+        let Some((last, remote)) = self.stages.split_last() else { return (0.0, 0.0) };
+        let sent: f64 = remote.iter().map(bytes).sum();
+        let slowest = self.ring.iter().take(self.stages.len() - 1).map(|l| l.bytes_per_s).fold(f64::INFINITY, f64::min);
+        let read = (sent + bytes(last)) / last.rates.disk_bytes_per_s;
+        let over = if remote.is_empty() { 0.0 } else { sent / slowest };
+        match wiring {
+            // Shards are cut and sent while they are read; then each machine loads its own.
+            Wiring::Capstan => (read.max(over) + if remote.is_empty() { 0.0 } else { again }, again),
+            Wiring::PlainRpc => (read.max(over), read.max(over)),
+        }
+    }
+
+    fn wire_bytes(&self, wiring: Wiring) -> u64 {
+        let stages = self.stages.len() as u64;
+        let hidden = hidden_bytes(self.profile, 1);
+        match (stages, wiring) {
+            (1, _) => 0,
+            (n, Wiring::Capstan) => n * hidden,
+            // To each remote machine and back; the graphs, which are many times larger, are not counted.
+            (n, Wiring::PlainRpc) => 2 * (n - 1) * hidden,
+        }
+    }
+}
+
+impl Placed {
+    fn memory(&self) -> NodeMemory {
+        NodeMemory {
+            machine: self.machine.clone(),
+            layers: self.layers.to_string(),
+            weight_bytes: self.need.weights,
+            kv_bytes: self.need.kv,
+            compute_bytes: self.need.compute,
+            usable_bytes: self.usable_bytes,
+        }
+    }
+}
+
+/// What a forecast rests on, for people.
+pub fn assumptions() -> Vec<String> {
+    vec![
+        format!("Sending and receiving a hidden state takes {:.1} ms besides the link.", HOP_S * 1e3),
+        format!(
+            "Plain RPC takes {:.1} ms for each remote machine and step, as gpt-oss-120b on four Ryzen AI Max+ 395 showed.",
+            RPC_NODE_S * 1e3
+        ),
+        "Routers choose experts evenly; real ones do not, and then fewer are read.".to_owned(),
+        "All bits a weight are read equally fast; llama.cpp reads types of few bits more slowly.".to_owned(),
+        "Guessed tokens are left out.".to_owned(),
+    ]
+}
