@@ -8,6 +8,8 @@ from processes import Failed, idle_share, loopback_bytes, others_share, say
 IDLE_SHARE_MAX = 0.05
 IDLE_TRIES = 10
 STREAMS = [1, 2, 4, 8, 16]
+# Of each stream of the warm-up.
+WARM_TOKENS = 48
 # The peer's other sizes of what it computes at once, for honesty: {prompt: [first round and later, first round only]}.
 OTHER_UBATCHES = {512: ([256], [128]), 2048: ([512], [128])}
 UBATCH_OF = {128: 512, 512: 512, 2048: 256}
@@ -56,23 +58,36 @@ class Measurement:
         self.ours.start()
         self.ours.load(DEFAULT)
         if self.ours.can_switch:
+            # A second load would disturb what the first one measures of itself.
+            self.shares_while_idle()
             self.plain = PLAIN
             self.ours.load(PLAIN, speculation=False)
+            self.shares_while_idle()
         else:
             self.note("this capstan has no --speculation; every figure is taken with its defaults")
         for streams in (lambda: scenarios.prefill(self.prompts, 64, 8), lambda: scenarios.decode(self.prompts, 4, 12)):
             self.peer.run(streams())
             for deployment in {DEFAULT, self.plain}:
                 self.ours.run(streams(), deployment)
+        if not self.only or "decode" in self.only:
+            # A server is asked for months: what is measured is how it serves, not how it gets to know its stages.
+            for streams in STREAMS:
+                specs = scenarios.decode(self.prompts, streams, WARM_TOKENS)
+                self.peer.run(specs)
+                self.ours.run(specs, self.plain)
         self.check_idle()
 
-    def check_idle(self):
-        """Whoever waits must leave the cores to whoever is measured. Capstan's stages measure themselves first."""
+    def shares_while_idle(self):
+        """Waits until nobody computes, as Capstan's stages do at first to measure themselves; who still does, if any."""
         for _ in range(IDLE_TRIES):
             shares = idle_share({**self.peer.pids(), **self.ours.pids()})
             if max(shares.values()) <= IDLE_SHARE_MAX:
                 break
-        for what, share in shares.items():
+        return shares
+
+    def check_idle(self):
+        """Whoever waits must leave the cores to whoever is measured."""
+        for what, share in self.shares_while_idle().items():
             self.figures.samples.setdefault("idle_share", {})[what] = share
             if share > IDLE_SHARE_MAX:
                 self.note(f"{what} takes {share:.0%} of a core while it waits")
