@@ -75,6 +75,10 @@ bench: setup model-bench build ## Measure beside llama.cpp's RPC (BENCH=--quick:
 	@scripts/python-env.sh $(CURDIR)/target/bench-venv matplotlib==3.10.8
 	@BENCH_COMMAND="make bench$(if $(BENCH), BENCH='$(BENCH)')" target/bench-venv/bin/python scripts/bench $(BENCH)
 
+.PHONY: forecast
+forecast: setup model-bench build ## Forecasts of two small models beside what is measured
+	@scripts/forecast $(FORECAST)
+
 .PHONY: clean
 clean: ## Remove what was built (the model and ccache stay)
 	cargo clean

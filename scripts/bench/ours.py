@@ -24,6 +24,9 @@ COMMAND_TIMEOUT_S = 300
 
 
 class Capstan:
+    # Measuring machine and links would take the cores of who is measured.
+    measure = "off"
+
     def __init__(self, binary, model, cores, folder, slots, ctx, layers=None):
         self.binary = binary
         self.model = model
@@ -46,6 +49,7 @@ class Capstan:
             CAPSTAN_API_ADDR="127.0.0.1:0",
             CAPSTAN_BIND_ADDR="127.0.0.1:0",
             CAPSTAN_THREADS="1",
+            CAPSTAN_MEASURE=self.measure,
             XDG_CONFIG_HOME=str(self.folder / "config"),
         )
         line = [str(self.binary), "--data-dir", str(self.folder / node), *[str(a) for a in args]]

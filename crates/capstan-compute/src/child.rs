@@ -12,7 +12,6 @@ use capstan_llama::{LlamaStage, StageOptions};
 use capstan_proto::child::{CHILD_VERSION, ChildStats, FromChild, StageInfo, StageSpec, ToChild, Wiring};
 use capstan_proto::codec;
 use capstan_proto::generate::{ErrorKind, GenerateEvent, GenerateRequest, RequestError};
-use capstan_proto::manage::DeviceStatus;
 use capstan_proto::{RequestId, limits};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::{Semaphore, mpsc, oneshot};
@@ -61,34 +60,6 @@ pub fn run() -> i32 {
     // Standard input is read on a thread that cannot be interrupted; it must not hold the process back.
     runtime.shutdown_background();
     code
-}
-
-/// The `capstan compute --devices` command: prints what computes here, as JSON. Gives the exit code.
-pub fn print_devices() -> i32 {
-    match write_devices() {
-        Ok(()) => 0,
-        Err(error) => {
-            tracing::error!(%error, "the devices could not be written as JSON");
-            1
-        }
-    }
-}
-
-fn write_devices() -> std::io::Result<()> {
-    let stdout = take_stdout()?;
-    capstan_llama::init();
-    let devices: Vec<DeviceStatus> = capstan_llama::devices()
-        .into_iter()
-        .map(|d| DeviceStatus {
-            name: d.name,
-            description: d.description,
-            kind: d.kind.as_str().to_owned(),
-            memory_total_bytes: d.memory_total_bytes,
-            memory_free_bytes: d.memory_free_bytes,
-        })
-        .collect();
-    serde_json::to_writer(stdout, &devices)?;
-    Ok(())
 }
 
 async fn serve(stdout: File) -> i32 {

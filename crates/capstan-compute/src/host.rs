@@ -1,12 +1,15 @@
 //! The daemon's side of a compute child: start it, exchange messages, notice its end at once.
 use std::ffi::OsString;
+use std::path::Path;
 use std::process::{ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
 
-use capstan_proto::child::{FromChild, ToChild};
+use capstan_proto::child::{FromChild, StageSpec, ToChild};
 use capstan_proto::codec::{self, CodecError};
+use capstan_proto::device::DeviceProfile;
 use capstan_proto::limits;
 use capstan_proto::manage::DeviceStatus;
+use serde::de::DeserializeOwned;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::process::{ChildStdout, Command};
 use tokio::sync::{Notify, mpsc, watch};
@@ -50,8 +53,8 @@ pub enum HostError {
     #[error(transparent)]
     Codec(#[from] CodecError),
     /// It answered nonsense.
-    #[error("the compute process could not list its devices: {0}")]
-    Devices(String),
+    #[error("the compute process gave no answer that makes sense: {0}")]
+    Answer(String),
 }
 
 /// Sends messages to a child. Cheap to clone; when the last one is dropped, the child's standard input closes and it
@@ -230,22 +233,54 @@ fn signal(_: &ExitStatus) -> Option<i32> {
     None
 }
 
-/// What computes on this machine. A short-lived child asks the backends, because drivers may crash and the daemon must
-/// not. `command` is the same as in [`SpawnOptions`].
+/// What computes on this machine. `command` is the same as in [`SpawnOptions`].
 pub async fn devices(command: &[OsString]) -> Result<Vec<DeviceStatus>, HostError> {
+    ask(command, &["--devices".into()], None).await
+}
+
+/// What this machine takes to compute, measured with files in `folder`: see [`crate::measure`].
+pub async fn profile(
+    command: &[OsString],
+    folder: &Path,
+    threads: Option<u32>,
+    gpu_layers: i32,
+) -> Result<DeviceProfile, HostError> {
+    let mut args = vec!["--measure".into(), folder.into(), format!("--gpu-layers={gpu_layers}").into()];
+    args.extend(threads.map(|n| format!("--threads={n}").into()));
+    ask(command, &args, None).await
+}
+
+/// Bytes of a stage's compute buffers: see [`crate::ask::dry_run`].
+pub async fn dry_run(command: &[OsString], spec: &StageSpec) -> Result<u64, HostError> {
+    let spec = serde_json::to_vec(spec).map_err(|e| HostError::Answer(e.to_string()))?;
+    ask(command, &["--dry-run".into()], Some(spec)).await
+}
+
+/// What a short-lived child answers: drivers may crash, and the daemon must not.
+async fn ask<T: DeserializeOwned>(
+    command: &[OsString],
+    question: &[OsString],
+    input: Option<Vec<u8>>,
+) -> Result<T, HostError> {
     let (program, args) = command.split_first().ok_or(HostError::NoCommand)?;
-    let output = Command::new(program)
+    let mut child = Command::new(program)
         .args(args)
-        .arg("--devices")
-        .stdin(Stdio::null())
+        .args(question)
+        .stdin(if input.is_some() { Stdio::piped() } else { Stdio::null() })
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
         .kill_on_drop(true)
-        .output()
-        .await
+        .spawn()
         .map_err(|source| HostError::Spawn { program: program.clone(), source })?;
+    if let (Some(mut stdin), Some(input)) = (child.stdin.take(), input) {
+        // A child that ends before it has read all of it says why with its exit.
+        stdin.write_all(&input).await.ok();
+    }
+    let output = child.wait_with_output().await.map_err(|e| HostError::Answer(e.to_string()))?;
     if !output.status.success() {
         let words = String::from_utf8_lossy(&output.stderr);
         let last = words.lines().last().map(|l| l.chars().take(LOG_LINE_BYTES_MAX).collect());
-        return Err(HostError::Devices(describe_exit(Ok(output.status), last)));
+        return Err(HostError::Answer(describe_exit(Ok(output.status), last)));
     }
-    serde_json::from_slice(&output.stdout).map_err(|e| HostError::Devices(e.to_string()))
+    serde_json::from_slice(&output.stdout).map_err(|e| HostError::Answer(e.to_string()))
 }

@@ -4,6 +4,8 @@
 //! |---|---|
 //! | [`host`] | the daemon's side: start a child, talk with it, notice its end |
 //! | [`child`] | the child's side: standard input to compute thread, results to standard output |
+//! | [`ask`] | questions that a short-lived child answers in JSON: devices, memory of a stage, speed |
+//! | [`measure`] | what this machine takes to compute |
 //! | [`link`] | frames between stages, behind a trait; iroh is the transport |
 //! | `wire` | one epoch's place in the ring: accept the previous stage, dial the next |
 //! | `drops` | steps that need not be computed any more |
@@ -27,6 +29,7 @@
 #![forbid(unsafe_code)]
 
 mod answer;
+pub mod ask;
 pub mod child;
 mod counters;
 mod draft;
@@ -35,6 +38,7 @@ mod drops;
 mod embed;
 pub mod host;
 pub mod link;
+pub mod measure;
 mod middle;
 mod os;
 mod prompt;

@@ -38,3 +38,17 @@ pub(crate) fn child_environment() -> Option<(&'static str, String)> {
 pub(crate) fn child_environment() -> Option<(&'static str, String)> {
     None
 }
+
+/// Memory that this process has in use, in bytes, as far as the system tells.
+#[cfg(target_os = "linux")]
+pub(crate) fn resident_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:"))?;
+    line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok().map(|kib| kib << 10)
+}
+
+/// Elsewhere it is not asked.
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn resident_bytes() -> Option<u64> {
+    None
+}

@@ -37,5 +37,5 @@ pub use error::GgufError;
 pub use metadata::{Array, Metadata, Value, ValueType};
 pub use model::Model;
 pub use parse::TensorInfo;
-pub use profile::{LayerProfile, ModelProfile};
+pub use profile::{LayerProfile, Matrices, ModelProfile, Part};
 pub use shard::ShardInfo;

@@ -37,6 +37,8 @@ pub struct ModelProfile {
     pub output_bytes: u64,
     /// How many weights these bytes are.
     pub output_weights: u64,
+    /// ggml's number of their type; none when only sums are known.
+    pub output_type: Option<u32>,
     /// Bytes of all tensors, extra prediction layers included.
     pub total_bytes: u64,
     /// How many weights these bytes are.
@@ -45,9 +47,38 @@ pub struct ModelProfile {
     pub tied: bool,
 }
 
+/// What a matrix is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Part {
+    /// Attention, or what mixes tokens in its place.
+    Mixer,
+    /// The feed-forward part that every token passes, shared experts included.
+    FeedForward,
+    /// Routed experts.
+    Experts,
+    /// Routers, norms, scales: small.
+    Other,
+}
+
+/// Tensors of a layer that are for the same and of one type.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Matrices {
+    /// What they are for.
+    pub part: Part,
+    /// ggml's number of their type.
+    pub ggml_type: u32,
+    /// Their bytes.
+    pub bytes: u64,
+    /// How many weights these are.
+    pub weights: u64,
+}
+
 /// A layer in numbers.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LayerProfile {
+    /// Its tensors by what they are for and by type; empty when only sums are known, as of a model that is not there.
+    pub matrices: Vec<Matrices>,
     /// Bytes of its tensors.
     pub weight_bytes: u64,
     /// Of which so many are read for one token: of experts only the share that a token uses.
@@ -122,6 +153,7 @@ pub(crate) fn profile(model: &Model) -> ModelProfile {
         let Some((i, name)) = t.layer() else { continue };
         let Some(layer) = layers.get_mut(i as usize) else { continue };
         layer.weight_bytes = layer.weight_bytes.saturating_add(t.bytes);
+        add(&mut layer.matrices, part(name), t);
         let (used, all) = experts(&f, i);
         let routed = name.contains("exps") && all > 0;
         if routed {
@@ -148,9 +180,30 @@ pub(crate) fn profile(model: &Model) -> ModelProfile {
         embedding_bytes: bytes("token_embd.weight"),
         output_bytes: head.map_or(0, |t| t.bytes) + bytes("output_norm.weight"),
         output_weights: head.map_or(0, weights),
+        output_type: head.map(|t| t.ggml_type),
         total_bytes,
         total_weights,
         tied,
+    }
+}
+
+fn part(name: &str) -> Part {
+    match name {
+        _ if name.contains("norm") || name.contains("gate_inp") || name.ends_with(".bias") => Part::Other,
+        _ if name.contains("exps") => Part::Experts,
+        _ if name.starts_with("ffn_") => Part::FeedForward,
+        _ => Part::Mixer,
+    }
+}
+
+fn add(all: &mut Vec<Matrices>, part: Part, tensor: &TensorInfo) {
+    let new = Matrices { part, ggml_type: tensor.ggml_type, bytes: tensor.bytes, weights: weights(tensor) };
+    match all.iter_mut().find(|m| m.part == part && m.ggml_type == tensor.ggml_type) {
+        Some(same) => {
+            same.bytes = same.bytes.saturating_add(new.bytes);
+            same.weights = same.weights.saturating_add(new.weights);
+        }
+        None => all.push(new),
     }
 }
 

@@ -168,6 +168,7 @@ impl Context {
             let c = ptr.as_ptr();
             (sys::llama_get_memory(c), sys::llama_n_ubatch(c), sys::llama_n_seq_max(c), sys::llama_n_ctx_seq(c))
         };
+        let sizes = log::sizes();
         let context = Self {
             ptr,
             memory,
@@ -180,7 +181,7 @@ impl Context {
             ctx_per_slot: per_slot,
             ubatch: ubatch.min(got_ubatch),
             outputs_max,
-            sizes: log::sizes(),
+            sizes: ContextMemory { kv_bytes: sizes.kv_bytes, compute_bytes: sizes.compute_bytes },
             model,
         };
         if memory.is_null() {

@@ -38,5 +38,5 @@ pub use error::LlamaError;
 pub use model::{Model, ModelOptions, Progress};
 pub use rows::{append_row, dequantize_row, row_bytes};
 pub use sampler::{Sampler, logprobs};
-pub use stage::{LlamaStage, StageInput, StageOptions};
+pub use stage::{LlamaStage, StageInput, StageOptions, dry_run};
 pub use vocab::Vocab;

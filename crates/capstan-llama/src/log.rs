@@ -10,12 +10,22 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use llama_cpp_sys_2 as sys;
 
-use crate::context::ContextMemory;
 
 /// Error lines kept per thread: a failed load says its reason in the last two or three.
 const ERROR_LINES_MAX: usize = 4;
 /// Longest line kept while it waits for its end; longer ones are cut into events of this size.
 const LINE_BYTES_MAX: usize = 16 << 10;
+
+/// What was announced of buffers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct BufferSizes {
+    /// Weights that are not the file's own mapped pages.
+    pub copied_bytes: u64,
+    /// KV caches and recurrent states.
+    pub kv_bytes: u64,
+    /// Compute and output buffers.
+    pub compute_bytes: u64,
+}
 
 #[derive(Default)]
 struct Thread {
@@ -23,7 +33,7 @@ struct Thread {
     partial: String,
     level: sys::ggml_log_level,
     errors: VecDeque<String>,
-    sizes: ContextMemory,
+    sizes: BufferSizes,
 }
 
 thread_local! {
@@ -40,7 +50,7 @@ pub(crate) fn install() {
 pub(crate) fn forget() {
     THREAD.with_borrow_mut(|t| {
         t.errors.clear();
-        t.sizes = ContextMemory::default();
+        t.sizes = BufferSizes::default();
     });
 }
 
@@ -53,7 +63,7 @@ pub(crate) fn errors(otherwise: &str) -> String {
 }
 
 /// The buffer sizes announced since [`forget`].
-pub(crate) fn sizes() -> ContextMemory {
+pub(crate) fn sizes() -> BufferSizes {
     THREAD.with_borrow(|t| t.sizes)
 }
 
@@ -113,7 +123,11 @@ impl Thread {
             self.errors.push_back(line.to_owned());
         }
         let Some((what, bytes)) = buffer_size(line) else { return };
-        if what.ends_with(" KV") || what.ends_with(" RS") || what.ends_with(" state") {
+        if what.ends_with("_Mapped model") {
+            // The file's own pages.
+        } else if what.ends_with(" model") {
+            self.sizes.copied_bytes += bytes;
+        } else if what.ends_with(" KV") || what.ends_with(" RS") || what.ends_with(" state") {
             self.sizes.kv_bytes += bytes;
         } else if what.ends_with(" compute") || what.ends_with(" output") {
             self.sizes.compute_bytes += bytes;
@@ -148,8 +162,10 @@ mod tests {
         take(sys::GGML_LOG_LEVEL_ERROR, "load: bad ");
         take(sys::GGML_LOG_LEVEL_CONT, "tensor\n");
         take(sys::GGML_LOG_LEVEL_INFO, "llama_kv_cache:        CPU KV buffer size =     1.50 MiB\n");
+        take(sys::GGML_LOG_LEVEL_INFO, "load_tensors:   CPU_Mapped model buffer size =   108.27 MiB\n");
+        take(sys::GGML_LOG_LEVEL_INFO, "load_tensors:   CPU_REPACK model buffer size =     1.00 MiB\n");
         take(sys::GGML_LOG_LEVEL_INFO, "sched_reserve:        CPU compute buffer size =     2.00 MiB\n");
-        assert_eq!(sizes(), ContextMemory { kv_bytes: 3 << 19, compute_bytes: 2 << 20 });
+        assert_eq!(sizes(), BufferSizes { copied_bytes: 1 << 20, kv_bytes: 3 << 19, compute_bytes: 2 << 20 });
         assert_eq!(errors("none"), "load: bad tensor");
         assert_eq!(errors("none"), "none");
     }

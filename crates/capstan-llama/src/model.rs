@@ -20,13 +20,15 @@ pub struct ModelOptions {
     pub gpu_layers: i32,
     /// Map the file instead of reading it, where the system can: weights are then shared with the page cache.
     pub mmap: bool,
+    /// Take no memory for weights and caches: only sizes are wanted, and nothing can be computed.
+    pub sizes_only: bool,
     /// Who hears how far it is.
     pub progress: Option<Progress>,
 }
 
 impl Default for ModelOptions {
     fn default() -> Self {
-        Self { gpu_layers: 0, mmap: true, progress: None }
+        Self { gpu_layers: 0, mmap: true, sizes_only: false, progress: None }
     }
 }
 
@@ -35,6 +37,7 @@ pub struct Model {
     ptr: NonNull<sys::llama_model>,
     facts: Facts,
     on_processor: bool,
+    copied_bytes: u64,
     path: PathBuf,
     /// Making a context may adjust numbers of the model, so it is done by one thread at a time.
     pub(crate) making_context: Mutex<()>,
@@ -76,7 +79,10 @@ impl Model {
         let (mut params, mmap) = unsafe { (sys::llama_model_default_params(), sys::llama_supports_mmap()) };
         params.n_gpu_layers = options.gpu_layers;
         params.split_mode = sys::LLAMA_SPLIT_MODE_LAYER;
-        params.load_mode = if options.mmap && mmap { sys::LLAMA_LOAD_MODE_MMAP } else { sys::LLAMA_LOAD_MODE_NONE };
+        params.no_alloc = options.sizes_only;
+        // llama.cpp refuses to map what it takes no memory for.
+        let mmap = options.mmap && mmap && !options.sizes_only;
+        params.load_mode = if mmap { sys::LLAMA_LOAD_MODE_MMAP } else { sys::LLAMA_LOAD_MODE_NONE };
         if let Some(reporter) = &mut reporter {
             params.progress_callback = Some(on_progress);
             params.progress_callback_user_data = std::ptr::from_mut(reporter).cast();
@@ -94,7 +100,8 @@ impl Model {
         // From here on the model is freed by `Drop`, also when it is refused.
         let facts = read_facts(ptr);
         let on_processor = !offloads(options.gpu_layers);
-        let model = Self { ptr, facts, on_processor, path: path.to_owned(), making_context: Mutex::new(()) };
+        let copied_bytes = log::sizes().copied_bytes;
+        let model = Self { ptr, facts, on_processor, copied_bytes, path: path.to_owned(), making_context: Mutex::new(()) };
         model.refuse_what_cannot_chat()?;
         Ok(Arc::new(model))
     }
@@ -149,6 +156,11 @@ impl Model {
     /// Positions a row of hidden states has: 4 with M-RoPE, else 1.
     pub fn positions_per_row(&self) -> usize {
         self.facts.positions as usize
+    }
+    /// Bytes of weights that are held in memory of their own, beside the mapped file: rearranged for the processor, or on a
+    /// device. To about 10 KB: llama.cpp tells it only in its log.
+    pub fn copied_bytes(&self) -> u64 {
+        self.copied_bytes
     }
     /// Bytes of all its tensors.
     pub fn size_bytes(&self) -> u64 {

@@ -82,6 +82,14 @@ impl StageOptions {
     }
 }
 
+/// What a stage's compute buffers would take in bytes, by llama.cpp's own reckoning: nothing is allocated, and of the file
+/// only its header is read.
+pub fn dry_run(options: &StageOptions) -> Result<u64, LlamaError> {
+    let model_options = ModelOptions { gpu_layers: options.gpu_layers, sizes_only: true, ..ModelOptions::default() };
+    let model = Model::load(&options.path, model_options)?;
+    Ok(Context::new(model, &options.context)?.memory().compute_bytes)
+}
+
 /// A layer range that llama.cpp computes.
 pub struct LlamaStage {
     context: Context,
@@ -94,7 +102,8 @@ impl LlamaStage {
     /// Loads it and checks that it does what the architecture table says: one row goes in, and the named node must
     /// appear exactly once with the expected width. It begins in epoch 0 with empty slots.
     pub fn new(options: StageOptions) -> Result<Self, LlamaError> {
-        let model_options = ModelOptions { gpu_layers: options.gpu_layers, mmap: true, progress: options.progress };
+        let model_options =
+            ModelOptions { gpu_layers: options.gpu_layers, progress: options.progress, ..ModelOptions::default() };
         let model = Model::load(&options.path, model_options)?;
         let device = device_names(model.on_processor());
         if let Some(layers) = options.layers.filter(|l| *l != model.n_layer()) {
@@ -164,6 +173,7 @@ impl LlamaStage {
             pid: std::process::id(),
             device: self.device.clone(),
             weights_bytes: self.model().size_bytes(),
+            copied_bytes: self.model().copied_bytes(),
             kv_bytes: memory.kv_bytes,
             compute_bytes: memory.compute_bytes,
         }

@@ -3,7 +3,7 @@ use std::path::PathBuf;
 
 use capstan_planner::StagePlan;
 use capstan_proto::child::{Scheduling, StageSpec, WindowIo};
-use capstan_proto::manage::{DeploymentStatus, Health, StageStatus};
+use capstan_proto::manage::{DeploymentStatus, Health, LoadRequest, StageStatus};
 use capstan_proto::{DeploymentId, Epoch, NodeId};
 
 use crate::cutter::OpenModel;
@@ -25,6 +25,8 @@ pub(crate) struct Blueprint {
     pub(crate) created_unix_s: u64,
     /// Why it runs whole; empty when there is nothing to say.
     pub(crate) remark: String,
+    /// What was asked, where the placement was left to the planner.
+    pub(crate) request: Option<LoadRequest>,
 }
 
 impl Blueprint {

@@ -22,6 +22,8 @@ pub struct NodeConfig {
     pub memory_limit_bytes: Option<u64>,
     /// Layers to offload to a GPU; negative is all.
     pub gpu_layers: i32,
+    /// Whether it measures its machine and links while nothing runs.
+    pub measure: bool,
     /// How long a driver may have requests and say nothing of them before its process counts as hung.
     pub stall_limit: Duration,
     /// Program and arguments of a compute child: usually this very binary and `compute`.
@@ -38,6 +40,7 @@ impl NodeConfig {
             threads: None,
             memory_limit_bytes: None,
             gpu_layers: -1,
+            measure: true,
             stall_limit: STALL_LIMIT,
             compute_command,
         }

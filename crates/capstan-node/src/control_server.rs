@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use capstan_cluster::MemberState;
 use capstan_proto::control::{
-    self, CLOSE_NOT_A_MEMBER, CLOSE_PROTOCOL, Done, Hello, Join, JoinReply, Request, StageOrder, UnloadReply, clip,
+    self, CLOSE_NOT_A_MEMBER, CLOSE_PROTOCOL, Done, Hello, Join, JoinReply, MEASURE_BYTES, Request, StageOrder, UnloadReply,
+    clip,
 };
 use capstan_proto::limits::{DECODE_SLOWDOWN_PERCENT_MAX, DECODE_SLOWDOWN_PERCENT_MIN};
 use capstan_proto::{NodeId, limits};
@@ -20,6 +21,8 @@ use crate::{generate, session};
 
 /// How long a peer may take for its hello, and a stranger for its request to join.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a member may take to measure a link.
+const MEASURE_TIMEOUT: Duration = Duration::from_secs(20);
 /// Strangers served at once: joining takes milliseconds, and guessing a 128-bit secret must not take the machine.
 const STRANGERS_MAX: usize = 8;
 /// Close code of a connection that has done its work.
@@ -157,6 +160,19 @@ async fn serve(
             timeout(Duration::from_secs(1), send.stopped()).await.ok();
             shared.merge_members(vec![*entry]);
             Ok(())
+        }
+        Request::Wire { up_bytes, down_bytes } => {
+            if up_bytes > MEASURE_BYTES || down_bytes > MEASURE_BYTES {
+                return refused("more bytes than a measurement sends");
+            }
+            let exchange = async {
+                frames::skip(&mut recv, up_bytes).await?;
+                frames::write(&mut send, &Done, limits::MESSAGE_BYTES_MAX).await?;
+                frames::write_zeros(&mut send, down_bytes).await?;
+                send.finish().ok();
+                Ok(())
+            };
+            timeout(MEASURE_TIMEOUT, exchange).await.unwrap_or_else(|_| refused("a measurement took too long"))
         }
         Request::Unload { deployment } => {
             let result = shared.deployments.unload(deployment).await;

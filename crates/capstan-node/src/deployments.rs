@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use capstan_planner::{NodeResources, Placement, PlanError, PlanInput, PlanOptions, Sizes, StagePlan, plan};
+use capstan_planner::{Placement, PlanOptions, StagePlan};
 use capstan_proto::child::Scheduling;
 use capstan_proto::control::{DEPLOYMENTS_MAX, DeploymentList};
 use capstan_proto::manage::{DeploymentStatus, LoadEvent, LoadRequest, ManageError, PlannedStage};
@@ -17,8 +17,10 @@ use crate::coordinator::{Coordinator, Message, Outbox};
 use crate::cutter::OpenModel;
 use crate::error::NodeError;
 use crate::files;
+use crate::fleet;
 use crate::membership::{now_ms, now_s};
 use crate::node::Shared;
+use crate::placing;
 use crate::scheduling::Wanted;
 
 /// Load events that wait for whoever watches.
@@ -32,12 +34,23 @@ const CTX_MIN: u32 = 2;
 /// Slots where the user says nothing.
 const SLOTS_DEFAULT: u32 = 4;
 /// Most rows of a micro-batch: llama.cpp's own default.
-const UBATCH: u32 = 512;
+pub(crate) const UBATCH: u32 = 512;
 
 struct Entry {
     status: DeploymentStatus,
+    /// See [`Movable`]; none for a placement that somebody chose.
+    asked: Option<(OpenModel, LoadRequest)>,
     /// None while it is being set up or when its model could not be opened after a restart.
     outbox: Option<Outbox>,
+}
+
+/// A deployment whose placement was left to the planner, which may change it.
+#[derive(Clone)]
+pub(crate) struct Movable {
+    pub(crate) status: DeploymentStatus,
+    pub(crate) model: OpenModel,
+    /// What was asked.
+    pub(crate) request: LoadRequest,
 }
 
 /// A deployment on disk: enough to bring it back without planning again.
@@ -55,6 +68,9 @@ struct Saved {
     scheduling: Option<Scheduling>,
     created_unix_s: u64,
     stages: Vec<SavedStage>,
+    /// What was asked, where the placement was left to the planner.
+    #[serde(default)]
+    request: Option<LoadRequest>,
 }
 
 #[derive(Clone, Serialize, Deserialize)]
@@ -99,6 +115,15 @@ impl Deployments {
         DeploymentList { coordinator, stamp: last.map_or(now, |s| now.max(s + 1)), deployments: self.list() }
     }
 
+    /// The deployments here that may be placed anew.
+    pub(crate) fn movable(&self) -> Vec<Movable> {
+        let of = |e: &Entry| {
+            let (model, request) = e.asked.clone()?;
+            Some(Movable { status: e.status.clone(), model, request })
+        };
+        self.entries().values().filter_map(of).collect()
+    }
+
     /// Whether nothing is coordinated here.
     pub(crate) fn is_empty(&self) -> bool {
         self.entries().is_empty()
@@ -137,6 +162,7 @@ impl Deployments {
             scheduling: Some(b.scheduling.clone()),
             created_unix_s: b.created_unix_s,
             stages: b.stages.iter().map(stage).collect(),
+            request: b.request.clone(),
         };
         self.save(|saved| {
             saved.retain(|s| s.id != b.id);
@@ -241,6 +267,15 @@ fn node_named(shared: &Shared, name: &str) -> Result<NodeId, ManageError> {
 
 /// Starts to load a model. What is wrong with the request itself is said here, the rest by the last event.
 pub(crate) async fn load(shared: &Arc<Shared>, request: LoadRequest) -> Result<mpsc::Receiver<LoadEvent>, ManageError> {
+    load_because(shared, request, None).await
+}
+
+/// The same, with a remark that the model's detail shows.
+pub(crate) async fn load_because(
+    shared: &Arc<Shared>,
+    request: LoadRequest,
+    remark: Option<String>,
+) -> Result<mpsc::Receiver<LoadEvent>, ManageError> {
     let slots = request.slots.unwrap_or(SLOTS_DEFAULT);
     if slots == 0 || slots > limits::SLOTS_MAX {
         return Err(bad(format!("slots is {slots}; take 1 to {}", limits::SLOTS_MAX)));
@@ -283,14 +318,17 @@ pub(crate) async fn load(shared: &Arc<Shared>, request: LoadRequest) -> Result<m
     let spares_per_stage = wanted.spares_per_stage();
     let draft_bytes = wanted.draft_bytes(ctx, ubatch);
     let options = PlanOptions { ctx, slots, spares_per_stage, draft_bytes, ubatch, nodes, layers };
-    let placement = place(shared, &model, options).await?;
+    let (placement, forecast) = placing::place(shared, &model, options).await?;
     let count = placement.stages().len();
     let unused_draft = wanted.remark(count);
     let (scheduling, draft) = wanted.scheduling(count);
     check_sequences(ctx, slots, scheduling.spares())?;
 
     let whole = model.model.split_problem().filter(|_| count == 1).map(|reason| format!("it runs whole: {reason}"));
-    let remarks: Vec<_> = whole.into_iter().chain(unused_draft.map(str::to_owned)).collect();
+    let remarks: Vec<_> = whole.into_iter().chain(unused_draft.map(str::to_owned)).chain(remark).collect();
+    // Who named nodes or layers wants them kept, and a draft model belongs to the node that has it.
+    let movable = request.nodes.is_empty() && request.layers.is_empty() && request.draft.is_none();
+    let request = movable.then(|| LoadRequest { name: Some(name.clone()), ..request });
     let blueprint = Blueprint {
         id: new_id(),
         name,
@@ -304,6 +342,7 @@ pub(crate) async fn load(shared: &Arc<Shared>, request: LoadRequest) -> Result<m
         created_unix_s: now_s(),
         remark: remarks.join("; "),
         model,
+        request,
     };
     let planned = LoadEvent::Planned {
         stages: placement
@@ -317,7 +356,8 @@ pub(crate) async fn load(shared: &Arc<Shared>, request: LoadRequest) -> Result<m
                 memory_bytes: s.memory_bytes,
             })
             .collect(),
-        explanation: placement.explanation().to_vec(),
+        explanation: placement.explanation().iter().cloned().chain(forecast.as_ref().map(fleet::sentence)).collect(),
+        forecast,
     };
     let (progress, events) = mpsc::channel(LOAD_QUEUE);
     // The queue is empty, so there is room.
@@ -364,6 +404,7 @@ fn launch(
 ) -> Result<(), ManageError> {
     let id = blueprint.id;
     let status = blueprint.status_before(shared.id);
+    let asked = blueprint.request.clone().map(|request| (blueprint.model.clone(), request));
     let (coordinator, outbox) = Coordinator::new(shared.clone(), blueprint, progress);
     {
         // Checked again under the lock: two loads by the same name may have come at once.
@@ -377,40 +418,10 @@ fn launch(
                 format!("this node looks after {DEPLOYMENTS_MAX} models already; unload one first"),
             ));
         }
-        entries.insert(id, Entry { status, outbox: Some(outbox) });
+        entries.insert(id, Entry { status, asked, outbox: Some(outbox) });
     }
     tokio::spawn(coordinator.run());
     Ok(())
-}
-
-async fn place(shared: &Arc<Shared>, model: &OpenModel, options: PlanOptions) -> Result<Placement, ManageError> {
-    let (_, free_bytes) = shared.machine.memory();
-    let mut nodes = vec![NodeResources { id: shared.id, name: shared.membership.name(), free_bytes }];
-    for member in shared.membership.others() {
-        if let (true, (Some(status), _)) = (shared.membership.online(member.id), shared.view.node(member.id)) {
-            nodes.push(NodeResources { id: member.id, name: member.name, free_bytes: status.memory_free_bytes });
-        }
-    }
-    let model = model.model.clone();
-    // Trying every order of several nodes for a deep model takes a moment; the daemon goes on meanwhile.
-    let planned = tokio::task::spawn_blocking(move || {
-        let sizes = Sizes::of(&model.profile());
-        plan(&PlanInput {
-            nodes,
-            sizes: &sizes,
-            window_problem: &|range| model.window_problem(range),
-            split_problem: model.split_problem(),
-            options,
-        })
-    });
-    let planned = planned.await.map_err(|e| ManageError::new(500, format!("planning failed: {e}")))?;
-    planned.map_err(|error| {
-        let status = match error {
-            PlanError::Memory { .. } | PlanError::UnknownNode(_) | PlanError::NoNodes => 409,
-            _ => 400,
-        };
-        ManageError::new(status, error.to_string())
-    })
 }
 
 /// How a deployment goes on that was noted before there was anything to choose: its memory has no room for guesses.
@@ -468,6 +479,7 @@ pub(crate) async fn resume(shared: Arc<Shared>) {
                     draft,
                     created_unix_s: one.created_unix_s,
                     remark: String::new(),
+                    request: one.request.clone(),
                 };
                 shared.deployments.save(|saved| saved.retain(|s| s.id != one.id));
                 shared.deployments.keep(&blueprint);

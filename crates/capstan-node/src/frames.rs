@@ -3,6 +3,9 @@ use capstan_proto::codec::{self, CodecError};
 use iroh::endpoint::{ReadExactError, RecvStream, SendStream};
 use serde::{Serialize, de::DeserializeOwned};
 
+/// Bytes that are sent or skipped at a time.
+const PIECE_BYTES: usize = 16 << 10;
+
 /// Why a message did not go or come.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum FrameError {
@@ -31,6 +34,30 @@ pub(crate) async fn read<T: DeserializeOwned>(stream: &mut RecvStream, max: usiz
     let mut body = vec![0; codec::frame_len(prefix, max)?];
     stream.read_exact(&mut body).await.map_err(|e| FrameError::Stream(e.to_string()))?;
     Ok(Some(codec::decode(&body)?))
+}
+
+/// Sends so many zeros, to measure a link. They are encrypted, so nothing on the way can make them fewer.
+pub(crate) async fn write_zeros(stream: &mut SendStream, bytes: u32) -> Result<(), FrameError> {
+    let piece = [0; PIECE_BYTES];
+    let mut left = bytes as usize;
+    while left > 0 {
+        let now = left.min(PIECE_BYTES);
+        stream.write_all(&piece[..now]).await.map_err(|e| FrameError::Stream(e.to_string()))?;
+        left -= now;
+    }
+    Ok(())
+}
+
+/// Reads so many bytes and forgets them.
+pub(crate) async fn skip(stream: &mut RecvStream, bytes: u32) -> Result<(), FrameError> {
+    let mut piece = vec![0; PIECE_BYTES];
+    let mut left = bytes as usize;
+    while left > 0 {
+        let now = left.min(PIECE_BYTES);
+        stream.read_exact(&mut piece[..now]).await.map_err(|e| FrameError::Stream(e.to_string()))?;
+        left -= now;
+    }
+    Ok(())
 }
 
 /// Reads a message that must come.

@@ -15,11 +15,16 @@
 //! | `stages`, `requests` | the stages that run here; a request's events, bounded |
 //! | `arrival`, `runs` | a stage's files come; one run of a stage follows another |
 //! | `generate` | a request's way to its driver and back |
+//! | `placing`, `moving` | where layers go; when a model is loaded anew elsewhere by itself |
+//! | `buffers` | how large compute buffers will be, by a dry run |
+//! | `fleet` | the nodes that answer, as the planner wants them |
 //! | `machine` | memory and devices |
+//! | `measuring` | what this machine and its links reach, measured while nothing runs |
 //! | `throttle` | progress that is reported only so often |
 
 mod arrival;
 mod blueprint;
+mod buffers;
 pub mod config;
 mod control_client;
 mod control_server;
@@ -29,12 +34,16 @@ mod deployments;
 mod endpoint;
 pub mod error;
 mod files;
+mod fleet;
 mod frames;
 mod generate;
 mod identity;
 mod machine;
+mod measuring;
 mod membership;
+mod moving;
 pub mod node;
+mod placing;
 mod requests;
 mod runs;
 mod scheduling;

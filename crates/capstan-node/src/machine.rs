@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use capstan_proto::child::StageInfo;
+use capstan_proto::device::DeviceProfile;
 use capstan_proto::manage::DeviceStatus;
 use sysinfo::{MemoryRefreshKind, RefreshKind, System};
 
@@ -26,6 +27,7 @@ pub(crate) struct Machine {
     taken: Mutex<HashMap<u64, Taken>>,
     next: AtomicU64,
     devices: Mutex<Vec<DeviceStatus>>,
+    profile: Mutex<Option<DeviceProfile>>,
 }
 
 /// Memory that a stage holds until this is dropped.
@@ -44,6 +46,7 @@ impl Machine {
             taken: Mutex::default(),
             next: AtomicU64::new(0),
             devices: Mutex::default(),
+            profile: Mutex::default(),
         }
     }
 
@@ -57,6 +60,20 @@ impl Machine {
 
     pub(crate) fn devices(&self) -> Vec<DeviceStatus> {
         self.devices.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(crate) fn set_profile(&self, profile: DeviceProfile) {
+        *self.profile.lock().unwrap_or_else(PoisonError::into_inner) = Some(profile);
+    }
+
+    /// What was measured of this machine.
+    pub(crate) fn profile(&self) -> Option<DeviceProfile> {
+        self.profile.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Whether stages are here, or are about to be.
+    pub(crate) fn is_busy(&self) -> bool {
+        !self.taken().is_empty()
     }
 
     /// Memory in all and free for stages, in bytes.

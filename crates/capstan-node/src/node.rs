@@ -26,7 +26,9 @@ use crate::endpoint;
 use crate::error::{CallError, NodeError};
 use crate::identity;
 use crate::machine::Machine;
+use crate::measuring;
 use crate::membership::Membership;
+use crate::moving;
 use crate::stages::StageHost;
 use crate::view::View;
 
@@ -119,6 +121,8 @@ impl Shared {
             memory_total_bytes,
             memory_free_bytes,
             devices: self.machine.devices(),
+            profile: self.machine.profile(),
+            links: self.view.links(),
         }
     }
 
@@ -193,6 +197,8 @@ impl Shared {
                 memory_total_bytes: 0,
                 memory_free_bytes: 0,
                 devices: vec![],
+                profile: None,
+                links: vec![],
             });
             nodes.push(NodeStatus {
                 name: member.name,
@@ -318,6 +324,9 @@ impl Node {
             stop: CancellationToken::new(),
             stopped: CancellationToken::new(),
         });
+        if let Some(profile) = measuring::known(&shared.config.data_dir) {
+            shared.machine.set_profile(profile);
+        }
         let may_fetch = move |peer: iroh::EndpointId| membership.is_member(endpoint::node_id(peer));
         let router = Router::builder(endpoint)
             .accept(CONTROL_ALPN, ControlProtocol(Arc::downgrade(&shared)))
@@ -333,6 +342,11 @@ impl Node {
         tokio::spawn(until_stopped(shared.clone(), poll_loop(shared.clone())));
         tokio::spawn(until_stopped(shared.clone(), push_loop(shared.clone())));
         tokio::spawn(until_stopped(shared.clone(), list_devices(shared.clone())));
+        if shared.config.measure {
+            tokio::spawn(until_stopped(shared.clone(), measuring::device_loop(shared.clone())));
+            tokio::spawn(until_stopped(shared.clone(), measuring::link_loop(shared.clone())));
+            tokio::spawn(until_stopped(shared.clone(), moving::move_loop(shared.clone())));
+        }
         tokio::spawn(until_stopped(shared.clone(), deployments::resume(shared.clone())));
         Ok(Arc::new(Node { shared, router }))
     }

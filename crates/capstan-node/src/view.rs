@@ -4,12 +4,14 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use capstan_proto::NodeId;
 use capstan_proto::control::DeploymentList;
-use capstan_proto::manage::{DeploymentStatus, NodeStatus};
+use capstan_proto::manage::{DeploymentStatus, LinkStatus, NodeStatus};
 
 #[derive(Default)]
 struct State {
     nodes: HashMap<NodeId, NodeStatus>,
     rtts: HashMap<NodeId, u64>,
+    /// Links that this node has measured.
+    links: HashMap<NodeId, LinkStatus>,
     lists: HashMap<NodeId, DeploymentList>,
 }
 
@@ -32,6 +34,23 @@ impl View {
     /// Notes a round trip in microseconds.
     pub(crate) fn put_rtt(&self, node: NodeId, rtt_us: u64) {
         self.state().rtts.insert(node, rtt_us);
+    }
+
+    /// Notes a link that this node has measured.
+    pub(crate) fn put_link(&self, link: LinkStatus) {
+        self.state().links.insert(link.to, link);
+    }
+
+    /// Whether this node has measured the link to another.
+    pub(crate) fn has_link(&self, to: NodeId) -> bool {
+        self.state().links.contains_key(&to)
+    }
+
+    /// The links that this node has measured, by their other end.
+    pub(crate) fn links(&self) -> Vec<LinkStatus> {
+        let mut links: Vec<_> = self.state().links.values().copied().collect();
+        links.sort_by_key(|l| l.to);
+        links
     }
 
     /// Notes what a node coordinates, unless newer news came before.
@@ -59,6 +78,7 @@ impl View {
         let mut state = self.state();
         state.nodes.remove(&id);
         state.rtts.remove(&id);
+        state.links.remove(&id);
         state.lists.remove(&id);
     }
 

@@ -326,8 +326,9 @@ impl<'a> Desk<'a> {
             let machine_name =
                 if alone { machine.name.clone() } else { format!("{} (no. {})", machine.name, place + 1) };
             Placed {
+                node: *place,
                 machine: machine_name,
-                rates: machine.rates,
+                rates: machine.rates.clone(),
                 usable_bytes: machine.usable_bytes,
                 layers,
                 need: self.need(layers),

@@ -3,6 +3,7 @@
 use capstan_gguf::ModelProfile;
 use capstan_proto::LayerRange;
 use capstan_proto::limits::scores_bytes;
+use serde::{Deserialize, Serialize};
 
 /// llama.cpp rounds the context of a sequence up to a multiple of this.
 const CTX_STEP: u64 = 256;
@@ -21,6 +22,15 @@ const PS_PER_BYTE: u64 = 39;
 const PS_PER_WEIGHT: u64 = 95;
 /// The same for what a layer does besides: norms, attention over a short text.
 const PS_PER_LAYER: u64 = 350_000_000;
+
+/// Compute buffers of a stage, by llama.cpp's own reckoning.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Buffers {
+    /// Of a stage that gives hidden states, in bytes.
+    pub hidden_bytes: u64,
+    /// Of the stage that gives logits, in bytes.
+    pub logits_bytes: u64,
+}
 
 /// The sizes of a model that memory and time depend on.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,6 +53,8 @@ pub struct Sizes {
     pub n_vocab: u32,
     /// Attention heads of a layer.
     pub n_head: u32,
+    /// Compute buffers at the sizes that are asked for; an allowance is made without.
+    pub buffers: Option<Buffers>,
 }
 
 /// How much of what a window needs, in bytes.
@@ -83,6 +95,7 @@ impl Sizes {
             n_embd: profile.n_embd,
             n_vocab: profile.n_vocab,
             n_head: profile.n_head,
+            buffers: None,
         }
     }
 
@@ -103,6 +116,7 @@ impl Sizes {
     pub fn need(&self, range: LayerRange, ctx: u32, slots: u32, ubatch: u32) -> Need {
         let tokens = u64::from(ctx).next_multiple_of(CTX_STEP) * u64::from(slots);
         let is_last = range.end() == self.layers();
+        let buffers = self.buffers.map(|b| if is_last { b.logits_bytes } else { b.hidden_bytes });
         let head = if is_last { u64::from(self.n_vocab) * 4 * (u64::from(slots) + 1) } else { 0 };
         let cells = u64::from(ctx).next_multiple_of(CTX_STEP).min(u64::from(u32::MAX)) as u32;
         // The nodes' devices are not asked: where scores are not written out, a little is left over.
@@ -111,10 +125,9 @@ impl Sizes {
             weights: sum(&self.weight_bytes, range).saturating_add(if is_last { self.ends_bytes } else { 0 }),
             kv: (sum(&self.kv_bytes_per_token, range).saturating_mul(tokens))
                 .saturating_add(sum(&self.state_bytes_per_sequence, range).saturating_mul(u64::from(slots))),
-            compute: (u64::from(ubatch) * u64::from(self.n_embd) * 4).saturating_mul(ACTIVATIONS)
-                + head
-                + scores
-                + PROCESS_BYTES,
+            compute: buffers
+                .unwrap_or((u64::from(ubatch) * u64::from(self.n_embd) * 4).saturating_mul(ACTIVATIONS) + head + scores)
+                .saturating_add(PROCESS_BYTES),
         }
     }
 }

@@ -3,6 +3,8 @@
 //! Reckoned two ways. *Capstan*: stages work at once, a prompt goes through in chunks, sequences in groups, and each
 //! stage sends straight to the next. *Plain RPC*: llama.cpp's own, where one machine works at a time and the first one
 //! hands everything on. Guessed tokens are left out of both: what they bring depends on the text.
+use std::collections::HashMap;
+
 use capstan_gguf::ModelProfile;
 use capstan_proto::LayerRange;
 use serde::Serialize;
@@ -41,6 +43,8 @@ pub enum Wiring {
 /// A stage on a machine.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Placed {
+    /// Tells machines apart: stages with the same number share one, and take turns on it.
+    pub node: usize,
     /// The machine's name.
     pub machine: String,
     /// What it reaches.
@@ -194,13 +198,19 @@ impl Pipeline<'_> {
             let rows = sequences.div_ceil(groups);
             let (stages, hops) = (self.stage_s(batch(rows)), self.hops_s(rows));
             let way: f64 = stages.iter().sum::<f64>() + hops.iter().sum::<f64>();
-            let slowest = stages.iter().copied().fold(self.wire_s(rows), f64::max);
+            let slowest = self.by_node(&stages).into_iter().fold(self.wire_s(rows), f64::max);
             way.max(f64::from(groups) * slowest)
         };
         // One group more than stages keeps all at work while one is on its way.
         let most = sequences.min(self.stages.len() as u32 + 1);
         let best = (1..=most).map(|g| of(g, step(g))).min_by(|a, b| a.step_s.total_cmp(&b.step_s));
         best.unwrap_or_else(|| of(1, step(1)))
+    }
+
+    /// What each machine takes of what its stages take.
+    fn by_node(&self, stages_s: &[f64]) -> Vec<f64> {
+        let of = |node| self.stages.iter().zip(stages_s).filter(|(s, _)| s.node == node).map(|(_, t)| t).sum();
+        self.stages.iter().map(|s| of(s.node)).collect()
     }
 
     /// For how long so many rows keep the slowest link.
@@ -238,18 +248,21 @@ impl Pipeline<'_> {
 
     /// Chunks that follow each other through the stages: each begins when the stage is free and the chunk has arrived.
     fn flow_s(&self, prompt_tokens: u32, chunk_rows: u32) -> f64 {
-        let mut free_s = vec![0.0f64; self.stages.len()];
+        let mut free_s: HashMap<usize, f64> = HashMap::new();
+        let mut done = 0.0;
         for batch in Self::chunks(prompt_tokens, chunk_rows) {
             let (stages, hops) = (self.stage_s(batch), self.hops_s(batch.rows()));
             let wire = self.wire_s(batch.rows());
             // The driver, beside the last stage, sends the rows of embeddings to the first.
             let mut arrived = *hops.last().unwrap_or(&0.0);
-            for (i, free) in free_s.iter_mut().enumerate() {
+            for (i, stage) in self.stages.iter().enumerate() {
+                let free = free_s.entry(stage.node).or_default();
                 *free = arrived.max(*free) + stages[i].max(wire);
+                done = *free;
                 arrived = *free + hops[i];
             }
         }
-        free_s.last().copied().unwrap_or(0.0)
+        done
     }
 
     fn one_by_one_s(&self, prompt_tokens: u32, chunk_rows: u32) -> f64 {

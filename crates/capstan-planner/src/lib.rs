@@ -15,10 +15,12 @@
 //! | [`machines`] | the catalogue of machines, what they reach, and lists of them as people type them |
 //! | [`machine_file`] | machines of one's own from TOML |
 //! | [`links`] | round trips and bandwidths between machines |
+//! | `measured` | the same for a machine that was measured |
 //! | [`timing`] | how long a machine takes for a micro-batch on some layers |
 //! | [`arrange`] | the best order and cut over unequal machines, exactly |
 //! | [`forecast`] | time to the first token, tokens per second, memory, loading, traffic |
 //! | [`answer`](mod@answer) | the whole answer to "how many, and how fast", in sentences |
+//! | [`moving`] | whether another placement is worth loading a model anew |
 //! | [`picture`] | the answer as a table and as an SVG |
 //! | [`names`] | names in any spelling, and the nearest ones when unknown |
 #![forbid(unsafe_code)]
@@ -30,7 +32,9 @@ pub mod forecast;
 pub mod links;
 pub mod machine_file;
 pub mod machines;
+mod measured;
 pub mod models;
+pub mod moving;
 pub mod names;
 pub mod picture;
 pub mod placement;
@@ -41,10 +45,11 @@ pub mod timing;
 
 pub use answer::{Answer, Question, Subject, Unfit, answer, machines_for};
 pub use arrange::Objective;
-pub use cost::{Need, Sizes};
+pub use cost::{Buffers, Need, Sizes};
 pub use forecast::Forecast;
 pub use links::{Link, Links};
 pub use machines::{Machine, Rates};
+pub use moving::Move;
 pub use placement::{BadPlacement, Placement, StagePlan};
 pub use plan::{NodeResources, PlanError, PlanInput, PlanOptions, plan};
 pub use shape::Shape;

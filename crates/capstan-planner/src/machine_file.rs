@@ -175,7 +175,7 @@ impl Entry {
         let gemm = figure("gemm_tflops", self.gemm_tflops, 1e-3, 1e6, "16")?.map(|t| t * 1e12);
         let (usable_bytes, mut rates) = match like {
             Some(known) => {
-                let mut rates = known.rates;
+                let mut rates = known.rates.clone();
                 if let Some(rate) = bandwidth {
                     (rates.weight_bytes_per_s, rates.kv_bytes_per_s) = (rate, rate * machines::KV_SHARE);
                 }

@@ -4,8 +4,10 @@
 //! A data sheet gives peaks; what a model reaches of them depends on the backend. The shares are named constants per
 //! kind of machine ([`Reached`]), each fitted to measurements of others that are named beside it, none to a figure that
 //! a forecast is compared with.
+use capstan_proto::device::DeviceProfile;
 use serde::Serialize;
 
+use crate::measured;
 use crate::names::{self, Unknown};
 
 /// Bytes of what data sheets call a gigabyte of memory.
@@ -29,8 +31,11 @@ pub struct Machine {
 }
 
 /// What a machine reaches.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Rates {
+    /// What was measured on it, which then counts before the figures below.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub measured: Option<Box<DeviceProfile>>,
     /// Weights it reads, in bytes per second.
     pub weight_bytes_per_s: f64,
     /// KV cache it reads while it decodes, in bytes per second.
@@ -182,6 +187,7 @@ impl Rates {
     /// What follows from a reached bandwidth and a reached rate of matrices; overheads are the Ryzen's.
     pub fn of(weight_bytes_per_s: f64, gemm_flops_per_s: f64) -> Self {
         Self {
+            measured: None,
             weight_bytes_per_s,
             kv_bytes_per_s: weight_bytes_per_s * KV_SHARE,
             gemm_flops_per_s,
@@ -190,6 +196,12 @@ impl Rates {
             expert_overhead_s: RYZEN_AI_MAX.expert_overhead_us / 1e6,
             disk_bytes_per_s: DISK_BYTES_PER_S,
         }
+    }
+
+    /// What was measured on a machine.
+    pub fn measured(profile: DeviceProfile) -> Self {
+        let of = Self::of(measured::weight_bytes_per_s(&profile), measured::gemm_flops_per_s(&profile));
+        Self { measured: Some(Box::new(profile)), ..of }
     }
 }
 

@@ -1,8 +1,10 @@
 //! Which layers go where, or a sentence that says why nowhere.
 //!
-//! Memory is what decides whether a placement exists. Among those that do, the one whose slowest stage is fastest is
-//! taken, for a pipeline is as fast as its slowest stage; all nodes count as equally fast until they are measured. Among
-//! equally fast ones the layers lie in proportion to free memory: the sum of need²/free is smallest then.
+//! Memory is what decides whether a placement exists. Which nodes are used, and in which order, is what gives one token
+//! the shortest way, by what was measured of nodes and links; the layers are then cut so that the slowest stage is
+//! fastest, for a pipeline is as fast as that. Until all nodes are measured they count as equally fast, and as few as
+//! possible are used. Among equally fast cuts the layers lie in proportion to free memory: the sum of need²/free is
+//! smallest then.
 //!
 //! For a fixed order of nodes that is exact, by dynamic programming over allowed windows, twice: `best(i, l)` is the
 //! cheapest way to put the first `l` layers on the first `i` nodes. First the largest cost of a stage is minimised, then,
@@ -13,15 +15,22 @@ use std::collections::HashMap;
 
 use capstan_proto::{LayerRange, NodeId, limits};
 
+use crate::arrange::{Hops, Kind, Objective, Problem, arrange};
 use crate::cost::{Need, Sizes};
 use crate::human_bytes;
+use crate::links::Links;
 use crate::placement::{BadPlacement, Placement, StagePlan};
+use crate::timing::{self, Times};
 
 /// Up to this many nodes every order is tried before "it does not fit" is said: 325 orders at most.
 const EXHAUSTIVE_NODES: usize = 5;
 
+/// The node that has the model's file is used alone if another one would be faster by less than this: its shard need not
+/// be sent.
+const WORTH_SENDING: f64 = 1.1;
+
 /// A node that may hold layers.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct NodeResources {
     /// Its key.
     pub id: NodeId,
@@ -29,6 +38,8 @@ pub struct NodeResources {
     pub name: String,
     /// Memory that stages may take, in bytes.
     pub free_bytes: u64,
+    /// How long it takes for each layer to decode a row, by what was measured of it; none before.
+    pub times: Option<Times>,
 }
 
 /// What the user wants.
@@ -54,6 +65,8 @@ pub struct PlanOptions {
 pub struct PlanInput<'a> {
     /// Nodes that can be used, the one with the model's file first.
     pub nodes: Vec<NodeResources>,
+    /// What connects them, by their places in `nodes`; none before it was measured.
+    pub links: Option<Links>,
     /// The model.
     pub sizes: &'a Sizes,
     /// Why a window may not be a stage; none when it may. The full range always may.
@@ -155,7 +168,8 @@ pub fn plan(input: &PlanInput) -> Result<Placement, PlanError> {
     if n == 0 || n > limits::LAYERS_MAX {
         return Err(PlanError::NoLayers(n));
     }
-    let search = Search { input, windows: RefCell::default() };
+    let measured = input.nodes.iter().all(|n| n.times.as_ref().is_some_and(|t| t.layers_s.len() == n_layers(input)));
+    let search = Search { input, measured, windows: RefCell::default() };
     if !input.options.layers.is_empty() {
         return search.explicit();
     }
@@ -171,8 +185,14 @@ pub fn plan(input: &PlanInput) -> Result<Placement, PlanError> {
     search.choose()
 }
 
+fn n_layers(input: &PlanInput) -> usize {
+    input.sizes.layers() as usize
+}
+
 struct Search<'a> {
     input: &'a PlanInput<'a>,
+    /// Whether it is known how fast each node is.
+    measured: bool,
     /// Whether a window is allowed; asked once each.
     windows: RefCell<HashMap<LayerRange, bool>>,
 }
@@ -208,6 +228,15 @@ impl<'a> Search<'a> {
             need.compute = need.compute.saturating_add(o.draft_bytes);
         }
         need
+    }
+
+    /// What a stage takes to decode a row: in seconds once all nodes are measured, before that in units that are the same
+    /// for all of them.
+    fn work(&self, node: &NodeResources, range: LayerRange) -> f64 {
+        match &node.times {
+            Some(times) if self.measured => times.stage_s(range),
+            _ => self.input.sizes.work(range) as f64,
+        }
     }
 
     fn stage(&self, node: &NodeResources, layers: LayerRange, stages: usize) -> StagePlan {
@@ -283,13 +312,12 @@ impl<'a> Search<'a> {
         }
         let stages = order.len();
         let need = |range| self.need(range, stages).total();
-        let work = |range| self.input.sizes.work(range) as f64;
         let fits = |node: &NodeResources, range| need(range) <= node.free_bytes;
-        let slowest = |node: &NodeResources, range| fits(node, range).then(|| work(range));
+        let slowest = |node: &NodeResources, range| fits(node, range).then(|| self.work(node, range));
         if let Some((bound, _)) = self.partition(order, &slowest, f64::max) {
             let uneven = |node: &NodeResources, range| {
                 let need = need(range) as f64;
-                (fits(node, range) && work(range) <= bound).then(|| need * need / (node.free_bytes.max(1) as f64))
+                (fits(node, range) && self.work(node, range) <= bound).then(|| need * need / (node.free_bytes.max(1) as f64))
             };
             if let Some((_, ranges)) = self.partition(order, &uneven, |a, b| a + b) {
                 return self.explained(order, ranges, why);
@@ -365,13 +393,16 @@ impl<'a> Search<'a> {
         if stages.len() > 1 {
             lines.push(self.why_so(order, &stages));
         }
-        let all = stages.iter().fold(0u64, |all, s| all.saturating_add(self.input.sizes.work(s.layers))).max(1) as f64;
+        let work = |stage: &StagePlan, node: &NodeResources| self.work(node, stage.layers);
+        let all = stages.iter().zip(order).map(|(s, n)| work(s, n)).sum::<f64>().max(f64::MIN_POSITIVE);
         lines.extend(stages.iter().zip(order).enumerate().map(|(i, (stage, node))| {
+            let took = work(stage, node);
+            let time = if self.measured { format!(" ({:.1} ms a token)", took * 1e3) } else { String::new() };
             format!(
-                "stage {i}: layers {} on {}, {:.0} % of the work, {} of {} free",
+                "stage {i}: layers {} on {}, {:.0} % of the work{time}, {} of {} free",
                 stage.layers,
                 stage.node_name,
-                self.input.sizes.work(stage.layers) as f64 / all * 100.0,
+                took / all * 100.0,
                 human_bytes(stage.memory_bytes),
                 human_bytes(node.free_bytes)
             )
@@ -381,10 +412,10 @@ impl<'a> Search<'a> {
 
     /// What the cut of a pipeline was chosen for.
     fn why_so(&self, order: &[&NodeResources], stages: &[StagePlan]) -> String {
-        let work = |range: LayerRange| self.input.sizes.work(range) as f64;
-        let slowest = stages.iter().map(|s| work(s.layers)).fold(0.0, f64::max);
-        match self.partition(order, &|_, range| Some(work(range)), f64::max) {
-            Some((even, _)) if slowest > even => {
+        let slowest = stages.iter().zip(order).map(|(s, n)| self.work(n, s.layers)).fold(0.0, f64::max);
+        match self.partition(order, &|node, range| Some(self.work(node, range)), f64::max) {
+            // Sums of measured times differ in their last bits.
+            Some((even, _)) if slowest > even * 1.000_001 => {
                 let saved = (1.0 - even / slowest) * 100.0;
                 format!("free memory decides who holds what; with more of it a token would take {saved:.0} % less time")
             }
@@ -393,6 +424,53 @@ impl<'a> Search<'a> {
     }
 
     fn choose(&self) -> Result<Placement, PlanError> {
+        if self.measured
+            && let Some(placement) = self.fastest()
+        {
+            return Ok(placement);
+        }
+        self.fewest()
+    }
+
+    /// Nodes and order by the shortest way of a token, then the cut by the fastest slowest stage.
+    fn fastest(&self) -> Option<Placement> {
+        let nodes = &self.input.nodes;
+        let kind = |n: &NodeResources| {
+            let times = n.times.clone()?;
+            Some(Kind { count: 1, usable_bytes: n.free_bytes, layers_s: times.layers_s, head_s: times.head_s })
+        };
+        let kinds = nodes.iter().map(kind).collect::<Option<Vec<_>>>()?;
+        let hop = |a: usize, b: usize| match &self.input.links {
+            Some(links) => timing::hop_of_s(self.input.sizes.n_embd, links.between(a, b), 1),
+            None => timing::HOP_S,
+        };
+        let way_s = (0..nodes.len()).map(|a| (0..nodes.len()).map(|b| hop(a, b)).collect()).collect();
+        let hops = Hops { way_s, wire_s: vec![vec![0.0; nodes.len()]; nodes.len()] };
+        let whole = self.whole().ok()?;
+        // How many stages there will be is not known yet; more of them keep more snapshots.
+        let need = |range: LayerRange| self.need(range, if range == whole { 1 } else { nodes.len() }).total();
+        let allowed = |range: LayerRange| self.allowed(range);
+        let found = arrange(&Problem {
+            layers: self.input.sizes.layers(),
+            kinds: &kinds,
+            hops: &hops,
+            need_bytes: &need,
+            allowed: &allowed,
+            objective: Objective::Latency,
+        })?;
+        let asked = nodes.first()?;
+        if need(whole) <= asked.free_bytes && self.work(asked, whole) <= found.way_s * WORTH_SENDING {
+            return self.in_order(&[asked], "the model fits on the node that has its file").ok();
+        }
+        let order: Vec<_> = found.stages.iter().filter_map(|&(kind, _)| nodes.get(kind)).collect();
+        let why = match order[..] {
+            [only] => format!("{} alone is fastest, by what was measured", only.name),
+            _ => format!("these {} nodes in this order give a token the shortest way, by what was measured", order.len()),
+        };
+        self.in_order(&order, &why).ok()
+    }
+
+    fn fewest(&self) -> Result<Placement, PlanError> {
         let (asked, others) = self.input.nodes.split_first().ok_or(PlanError::NoNodes)?;
         let mut others: Vec<_> = others.iter().collect();
         others.sort_by_key(|n| (std::cmp::Reverse(n.free_bytes), n.id));

@@ -231,6 +231,7 @@ impl Shape {
                 let used = |of: u64| if e.count == 0 { 0 } else { of / u64::from(e.count) * u64::from(e.used) };
                 let (kv_bytes_per_token, attention_flops_per_position) = self.looks_back(i);
                 LayerProfile {
+                    matrices: Vec::new(),
                     weight_bytes: shared + routed,
                     active_bytes: shared + used(routed),
                     active_weights: w.attention + w.dense + w.small + used(w.routed),
@@ -264,6 +265,7 @@ impl Shape {
             embedding_bytes,
             output_bytes: norm + if self.tied { embedding_bytes } else { own },
             output_weights: table,
+            output_type: None,
             total_weights: self.total_weights(),
             tied: self.tied,
         }

@@ -10,6 +10,7 @@ use capstan_proto::LayerRange;
 
 use crate::links::Link;
 use crate::machines::Rates;
+use crate::measured;
 
 /// Of the rate of large matrices, what those of experts reach, each of which gets few rows. Fitted on a Ryzen AI Max+ 395
 /// to prefill of 512 tokens by gpt-oss-120b (0.33), Qwen3-235B-A22B (0.27) and Qwen3-30B-A3B (0.21), with 16 to 32 rows
@@ -71,6 +72,11 @@ pub struct Times {
 impl Times {
     /// Of a model on a machine, for one micro-batch.
     pub fn of(profile: &ModelProfile, rates: &Rates, batch: Batch) -> Self {
+        if let Some(device) = &rates.measured {
+            let layer = |l| measured::layer_s(device, profile.n_embd, l, batch) + state_s(l, rates, batch);
+            let layers_s = profile.layers.iter().map(layer).collect();
+            return Self { layers_s, head_s: measured::head_s(device, profile, batch.outputs()) };
+        }
         let layers_s = profile.layers.iter().map(|l| layer_s(l, rates, batch)).collect();
         let rows = f64::from(batch.outputs());
         let head_s = matrix_s(profile.output_bytes as f64, profile.output_weights as f64, rows, rates, 1.0);
@@ -107,32 +113,49 @@ fn layer_s(l: &LayerProfile, rates: &Rates, batch: Batch) -> f64 {
 
 /// Reading the KV cache or the recurrent state, and multiplying with it: the larger of the two, for one kernel does both.
 fn attention_s(l: &LayerProfile, rates: &Rates, batch: Batch) -> f64 {
-    // Positions that are read, positions that rows look at, sequences whose state is read and written.
-    let (read, looked_at, sequences) = match batch {
+    // Positions that are read, positions that rows look at.
+    let (read, looked_at) = match batch {
         Batch::Decode { sequences, depth_tokens } => {
             let n = f64::from(sequences);
             let seen = l.visible_tokens(depth_tokens.saturating_add(1)) as f64;
-            (n * seen, n * seen, n)
+            (n * seen, n * seen)
         }
         Batch::Chunk { rows, depth_tokens } => {
             let middle = depth_tokens.saturating_add(u64::from(rows) / 2);
             let read = l.visible_tokens(depth_tokens).saturating_add(u64::from(rows)) as f64;
-            (read, f64::from(rows) * l.visible_tokens(middle) as f64, 1.0)
+            (read, f64::from(rows) * l.visible_tokens(middle) as f64)
         }
     };
-    let state = 2.0 * sequences * l.recurrent_state_bytes as f64 / rates.weight_bytes_per_s;
     let reading = read * l.kv_bytes_per_token as f64 / rates.kv_bytes_per_s;
-    state + reading.max(looked_at * l.attention_flops_per_position as f64 / rates.attention_flops_per_s)
+    state_s(l, rates, batch) + reading.max(looked_at * l.attention_flops_per_position as f64 / rates.attention_flops_per_s)
+}
+
+/// Reading and writing the recurrent state of each sequence.
+fn state_s(l: &LayerProfile, rates: &Rates, batch: Batch) -> f64 {
+    let sequences = match batch {
+        Batch::Decode { sequences, .. } => f64::from(sequences),
+        Batch::Chunk { .. } => 1.0,
+    };
+    2.0 * sequences * l.recurrent_state_bytes as f64 / rates.weight_bytes_per_s
 }
 
 /// Bytes of so many rows of hidden state on the wire.
 pub fn hidden_bytes(profile: &ModelProfile, rows: u32) -> u64 {
-    u64::from(profile.n_embd) * HIDDEN_BYTES * u64::from(rows) + FRAME_BYTES
+    hidden_of_bytes(profile.n_embd, rows)
+}
+
+fn hidden_of_bytes(n_embd: u32, rows: u32) -> u64 {
+    u64::from(n_embd) * HIDDEN_BYTES * u64::from(rows) + FRAME_BYTES
 }
 
 /// How long so many rows take from one stage to the next.
 pub fn hop_s(profile: &ModelProfile, link: Link, rows: u32) -> f64 {
-    HOP_S + link.way_s(hidden_bytes(profile, rows) as f64)
+    hop_of_s(profile.n_embd, link, rows)
+}
+
+/// The same for rows of so many floats.
+pub(crate) fn hop_of_s(n_embd: u32, link: Link, rows: u32) -> f64 {
+    HOP_S + link.way_s(hidden_of_bytes(n_embd, rows) as f64)
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! Placements cover every layer once, keep to the windows and the memory, and are found whenever one exists.
-use capstan_planner::{NodeResources, PlanError, PlanInput, PlanOptions, Sizes, plan};
+use capstan_planner::timing::Times;
+use capstan_planner::{Links, NodeResources, Placement, PlanError, PlanInput, PlanOptions, Sizes, links, plan};
 use capstan_proto::{LayerRange, NodeId};
 use proptest::prelude::*;
 
@@ -10,7 +11,7 @@ fn id(n: usize) -> NodeId {
 fn nodes(free: &[u64]) -> Vec<NodeResources> {
     free.iter()
         .enumerate()
-        .map(|(i, &free)| NodeResources { id: id(i), name: format!("n{i}"), free_bytes: free << 20 })
+        .map(|(i, &free)| NodeResources { id: id(i), name: format!("n{i}"), free_bytes: free << 20, times: None })
         .collect()
 }
 
@@ -26,6 +27,7 @@ fn sizes(layers: &[u64], ends: u64) -> Sizes {
         n_embd: 64,
         n_vocab: 32,
         n_head: 0,
+        buffers: None,
     }
 }
 
@@ -88,7 +90,7 @@ proptest! {
         let problem = |r: LayerRange| (!ok(r)).then(|| "a test says so".to_owned());
         let wanted = if named { (0..free.len()).map(id).collect() } else { vec![] };
         let input = PlanInput {
-            nodes: nodes(&free), sizes: &sizes, window_problem: &problem, split_problem: None, options: options(wanted),
+            nodes: nodes(&free), links: None, sizes: &sizes, window_problem: &problem, split_problem: None, options: options(wanted),
         };
         let fewest = if named {
             brute(&sizes, &free, &ok, 0).map(|_| free.len())
@@ -130,6 +132,7 @@ proptest! {
 fn counts(sizes: &Sizes, free: &[u64], order: Vec<NodeId>) -> (Vec<u32>, Vec<String>) {
     let input = PlanInput {
         nodes: nodes(free),
+        links: None,
         sizes,
         window_problem: &|_| None,
         split_problem: None,
@@ -168,7 +171,7 @@ fn guesses_and_a_draft_model_take_memory_of_pipelines_only() {
     let base = PlanOptions { spares_per_stage: 1, draft_bytes: 50 << 20, ..options(vec![id(0), id(1)]) };
     let place = |options| {
         let (nodes, window_problem) = (nodes(&[500, 500]), &|_| None);
-        plan(&PlanInput { nodes, sizes: &sizes, window_problem, split_problem: None, options }).unwrap()
+        plan(&PlanInput { nodes, links: None, sizes: &sizes, window_problem, split_problem: None, options }).unwrap()
     };
     let two = place(base.clone());
     let need = |range, sequences| sizes.need(range, 64, sequences, 32).total();
@@ -184,6 +187,7 @@ fn refusals_say_what_is_wrong() {
     let base = |options: PlanOptions, split: Option<&str>| {
         plan(&PlanInput {
             nodes: nodes(&[400, 300]),
+            links: None,
             sizes: &sizes,
             window_problem: &|r| (r.start() == 1).then(|| "layer 1 needs layer 0".to_owned()),
             split_problem: split.map(str::to_owned),
@@ -206,4 +210,34 @@ fn refusals_say_what_is_wrong() {
     says(options(vec![]), "not enough memory: the model needs");
     let whole = base(options(vec![id(0), id(1)]), Some("this architecture shares a cache")).unwrap_err();
     assert_eq!(whole, PlanError::OnlyWhole("this architecture shares a cache".into()));
+}
+
+/// Nodes that were measured: the fast one gets more layers, and a slow one none where it is not needed.
+#[test]
+fn measured_nodes_get_what_they_can_do() {
+    let sizes = sizes(&[100; 12], 100);
+    let measured = |free: &[u64], ms: &[f64]| -> Vec<NodeResources> {
+        let times = |ms: f64| Times { layers_s: vec![ms / 1e3; 12], head_s: ms / 1e3 };
+        let nodes = nodes(free).into_iter().zip(ms);
+        nodes.map(|(n, &ms)| NodeResources { times: Some(times(ms)), ..n }).collect()
+    };
+    let place = |nodes: Vec<NodeResources>| {
+        let options = PlanOptions { ctx: 256, slots: 1, ubatch: 32, ..PlanOptions::default() };
+        let links = Some(Links::all(links::parse("1GbE").unwrap()));
+        let problem = &|_| None;
+        plan(&PlanInput { nodes, links, sizes: &sizes, window_problem: problem, split_problem: None, options }).unwrap()
+    };
+    let layers = |p: &Placement| -> Vec<_> { p.stages().iter().map(|s| (s.node, s.layers.count())).collect() };
+    // Neither holds it alone: the one that is three times as fast takes three times the work.
+    let two = place(measured(&[1150, 1150], &[3.0, 1.0]));
+    let mut counts = layers(&two);
+    counts.sort_by_key(|(_, n)| *n);
+    assert_eq!(counts, [(id(0), 3), (id(1), 9)], "{:?}", two.explanation());
+    // One holds it alone and is fast enough: nothing is sent.
+    assert_eq!(layers(&place(measured(&[4000, 4000], &[1.05, 1.0]))), [(id(0), 12)]);
+    // The other is twice as fast.
+    assert_eq!(layers(&place(measured(&[4000, 4000], &[2.0, 1.0]))), [(id(1), 12)]);
+    // Of three the slow one is left out.
+    let three = place(measured(&[1150, 1150, 1150], &[1.0, 9.0, 1.0]));
+    assert!(three.stages().len() == 2 && three.stages().iter().all(|s| s.node != id(1)), "{:?}", three.explanation());
 }

@@ -14,7 +14,7 @@ use crate::generate::{GenerateEvent, GenerateRequest};
 use crate::{DeploymentId, Epoch, LayerRange, RequestId};
 
 /// Version of this protocol. Daemon and child are the same binary, so they differ only while it is being replaced.
-pub const CHILD_VERSION: u32 = 2;
+pub const CHILD_VERSION: u32 = 3;
 
 /// Where a stage can be reached, and the key it must prove to hold.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -150,6 +150,9 @@ pub struct StageInfo {
     pub device: String,
     /// Bytes of weights.
     pub weights_bytes: u64,
+    /// Of which so many are held in memory of their own beside the mapped file: rearranged for the processor, or on a
+    /// device.
+    pub copied_bytes: u64,
     /// Bytes of KV cache and other memory of sequences.
     pub kv_bytes: u64,
     /// Bytes of compute buffers.

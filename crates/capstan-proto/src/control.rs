@@ -10,6 +10,7 @@ use std::net::SocketAddr;
 use serde::{Deserialize, Serialize};
 
 use crate::child::{ChildStats, PeerAddr, StageInfo, StageSpec, Wiring};
+use crate::device::DeviceProfile;
 use crate::generate::{GenerateRequest, RequestError};
 use crate::manage::{DeploymentStatus, NodeStatus};
 use crate::{ClusterId, DeploymentId, Epoch, NodeId, limits};
@@ -19,9 +20,9 @@ pub const CONTROL_ALPN: &[u8] = b"capstan/control/1";
 /// ALPN by which a node that holds a ticket asks to become a member.
 pub const JOIN_ALPN: &[u8] = b"capstan/join/1";
 /// Oldest control protocol that this build speaks.
-pub const CONTROL_VERSION_MIN: u32 = 2;
+pub const CONTROL_VERSION_MIN: u32 = 3;
 /// Newest control protocol that this build speaks.
-pub const CONTROL_VERSION_MAX: u32 = 2;
+pub const CONTROL_VERSION_MAX: u32 = 3;
 /// Largest [`Hello`] frame: it is read before anything is known of the other side.
 pub const HELLO_BYTES_MAX: usize = 1024;
 /// Largest request to join: it is read from a stranger. [`ADDRS_MAX`] addresses take less than a tenth of it.
@@ -34,6 +35,8 @@ pub const ENTRIES_MAX: usize = 4 * limits::MEMBERS_MAX;
 pub const ADDRS_MAX: usize = 32;
 /// Most deployments that one node coordinates.
 pub const DEPLOYMENTS_MAX: usize = 64;
+/// Bytes that are sent each way to measure a link: a seventh of a second over gigabit Ethernet.
+pub const MEASURE_BYTES: u32 = 16 << 20;
 /// Longest sentence that a peer may send, in bytes.
 pub const REASON_BYTES_MAX: usize = 4096;
 /// Close code of a connection that its key does not entitle to.
@@ -199,6 +202,10 @@ impl Gossip {
         if self.node.devices.len() > 64 || self.node.addrs.len() > ADDRS_MAX {
             return Err(OutOfBounds("the number of devices"));
         }
+        if self.node.links.len() > limits::MEMBERS_MAX {
+            return Err(OutOfBounds("the number of links"));
+        }
+        self.node.profile.as_ref().map_or(Ok(()), DeviceProfile::check)?;
         self.deployments.check()
     }
 }
@@ -319,6 +326,14 @@ pub enum Request {
     },
     /// What I coordinate has changed. Answered by [`Done`].
     Update(Box<DeploymentList>),
+    /// I measure the link between us: so many bytes follow, and after your [`Done`] I want so many. At most
+    /// [`MEASURE_BYTES`] each.
+    Wire {
+        /// Bytes after the request.
+        up_bytes: u32,
+        /// Bytes after the answer.
+        down_bytes: u32,
+    },
     /// I leave. Answered by [`Done`].
     Leave(Box<Member>),
     /// Stop serving a model that you coordinate. Answered by [`UnloadReply`].

@@ -11,6 +11,7 @@
 //! | [`data`] | micro-batches between stages |
 //! | [`child`] | the daemon and its compute child |
 //! | [`control`] | one node's daemon and another's |
+//! | [`device`] | what a machine was measured to take |
 //! | [`generate`] | a request for tokens and the events it brings |
 //! | [`manage`] | load, status, tickets: what the command line and the daemon exchange |
 #![forbid(unsafe_code)]
@@ -19,6 +20,7 @@ pub mod child;
 pub mod codec;
 pub mod control;
 pub mod data;
+pub mod device;
 pub mod generate;
 pub mod ids;
 pub mod layers;

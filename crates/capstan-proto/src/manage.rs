@@ -3,6 +3,7 @@ use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::device::DeviceProfile;
 use crate::{ClusterId, DeploymentId, Epoch, LayerRange, NodeId};
 
 /// Serve this model.
@@ -42,6 +43,35 @@ pub struct LoadRequest {
     pub decode_slowdown: Option<f32>,
 }
 
+/// How fast a placement will be, by what was measured of its nodes and links.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LoadForecast {
+    /// By prompt length, on idle nodes.
+    pub first_token: Vec<FirstTokenForecast>,
+    /// By number of sequences and depth.
+    pub decode: Vec<DecodeForecast>,
+}
+
+/// Time to the first token.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FirstTokenForecast {
+    /// Tokens of the prompt.
+    pub prompt_tokens: u32,
+    /// Until the first token of the answer.
+    pub seconds: f64,
+}
+
+/// Tokens per second.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DecodeForecast {
+    /// Sequences at once.
+    pub sequences: u32,
+    /// Tokens before each.
+    pub depth_tokens: u64,
+    /// Of all of them together.
+    pub tokens_per_s: f64,
+}
+
 /// How a load goes. The last event is `Ready` or `Failed`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
@@ -52,6 +82,8 @@ pub enum LoadEvent {
         stages: Vec<PlannedStage>,
         /// For people: why it is so.
         explanation: Vec<String>,
+        /// How fast it will be; none while a node or link was not measured.
+        forecast: Option<LoadForecast>,
     },
     /// A stage's shard is being written on the node that has the model.
     Cutting {
@@ -165,6 +197,27 @@ pub struct NodeStatus {
     pub memory_free_bytes: u64,
     /// What computes.
     pub devices: Vec<DeviceStatus>,
+    /// What was measured of it; none before.
+    #[serde(default)]
+    pub profile: Option<DeviceProfile>,
+    /// The links that it has measured, each by one of its ends.
+    #[serde(default)]
+    pub links: Vec<LinkStatus>,
+}
+
+/// A link between two nodes, as the one that has this measured it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LinkStatus {
+    /// The other end.
+    pub to: NodeId,
+    /// Round trip of a request, in microseconds.
+    pub rtt_us: u64,
+    /// Bytes per second to the other end.
+    pub up_bytes_per_s: u64,
+    /// Bytes per second from it.
+    pub down_bytes_per_s: u64,
+    /// When, in seconds since 1970.
+    pub measured_unix_s: u64,
 }
 
 /// How a deployment is.

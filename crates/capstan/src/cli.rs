@@ -71,6 +71,10 @@ pub struct NodeFlags {
     /// Layers of a stage to put on a GPU; -1 is all [env: CAPSTAN_GPU_LAYERS] [default: -1]
     #[arg(long, value_name = "N", value_parser = parse::integer, allow_negative_numbers = true)]
     pub gpu_layers: Option<i32>,
+    /// Measure this machine and its links while nothing runs on it (`auto`), or not (`off`) [env: CAPSTAN_MEASURE]
+    /// [default: auto]
+    #[arg(long, value_name = "auto|off", value_parser = parse::auto_off)]
+    pub measure: Option<Switch>,
 }
 
 /// Settings of a load.
@@ -84,7 +88,7 @@ pub struct ModelFlags {
     pub slots: Option<Auto<u32>>,
     /// Let idle stages check guessed tokens (`auto`), or not (`off`); answers do not change [env: CAPSTAN_SPECULATION]
     /// [default: auto]
-    #[arg(long, value_name = "auto|off", value_parser = parse::speculation)]
+    #[arg(long, value_name = "auto|off", value_parser = parse::auto_off)]
     pub speculation: Option<Switch>,
     /// Whether a prompt takes what an earlier one with the same beginning left in the caches [env: CAPSTAN_PREFIX_CACHE]
     /// [default: on]

@@ -24,7 +24,7 @@ const CONFIG_BYTES_MAX: u64 = 1 << 20;
 const SIMILARITY_MIN: f64 = 0.7;
 
 /// The settings, by the name they have in the config file. Flag and variable follow from it.
-pub const KEYS: [&str; 14] = [
+pub const KEYS: [&str; 15] = [
     "data_dir",
     "name",
     "api_addr",
@@ -32,6 +32,7 @@ pub const KEYS: [&str; 14] = [
     "threads",
     "memory_limit",
     "gpu_layers",
+    "measure",
     "ctx",
     "slots",
     "speculation",
@@ -212,6 +213,8 @@ pub struct Config {
     pub memory_limit: Setting<Auto<u64>>,
     /// Layers of a stage on a GPU; negative is all.
     pub gpu_layers: Setting<i32>,
+    /// Whether the daemon measures its machine and links.
+    pub measure: Setting<Switch>,
     /// Tokens a slot holds.
     pub ctx: Setting<Auto<u32>>,
     /// Requests answered at once.
@@ -279,9 +282,10 @@ impl Config {
             threads: from.pick("threads", node.threads, parse::auto_count, || Ok(Auto(None)))?,
             memory_limit: from.pick("memory_limit", node.memory_limit, parse::auto_size, || Ok(Auto(None)))?,
             gpu_layers: from.pick("gpu_layers", node.gpu_layers, parse::integer, || Ok(-1))?,
+            measure: from.pick("measure", node.measure, parse::auto_off, || Ok(Switch::Auto))?,
             ctx: from.pick("ctx", model.ctx, parse::auto_count, || Ok(Auto(None)))?,
             slots: from.pick("slots", model.slots, parse::auto_count, || Ok(Auto(None)))?,
-            speculation: from.pick("speculation", model.speculation, parse::speculation, || Ok(Switch::Auto))?,
+            speculation: from.pick("speculation", model.speculation, parse::auto_off, || Ok(Switch::Auto))?,
             prefix_cache: from.pick("prefix_cache", model.prefix_cache, parse::prefix_cache, || Ok(Switch::On))?,
             decode_slowdown: from
                 .pick("decode_slowdown", model.decode_slowdown, parse::decode_slowdown, || Ok(DECODE_SLOWDOWN))?,
@@ -310,6 +314,7 @@ impl Config {
             show("threads", &self.threads, self.threads.value.0),
             show("memory_limit", &self.memory_limit, self.memory_limit.value.0),
             show("gpu_layers", &self.gpu_layers, self.gpu_layers.value),
+            show("measure", &self.measure, self.measure.value.word()),
             show("ctx", &self.ctx, self.ctx.value.0),
             show("slots", &self.slots, self.slots.value.0),
             show("speculation", &self.speculation, self.speculation.value.word()),
@@ -417,7 +422,7 @@ pub mod parse {
     }
 
     /// `auto` or `off`.
-    pub fn speculation(text: &str) -> Result<Switch, String> {
+    pub fn auto_off(text: &str) -> Result<Switch, String> {
         switch(text, Switch::Auto)
     }
 

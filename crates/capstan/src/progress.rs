@@ -59,7 +59,7 @@ impl Progress {
             return view::print_line(serde_json::to_string(event)?);
         }
         match event {
-            LoadEvent::Planned { stages, explanation } => self.plan(stages, explanation),
+            LoadEvent::Planned { stages, explanation, .. } => self.plan(stages, explanation),
             &LoadEvent::Cutting { stage, done_bytes, total_bytes } => {
                 self.step(stage, Phase::Cutting, done_bytes, total_bytes);
             }

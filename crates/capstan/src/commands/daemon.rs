@@ -90,6 +90,7 @@ fn node_config(config: &Config) -> Result<NodeConfig> {
         threads: config.threads.value.0,
         memory_limit_bytes: config.memory_limit.value.0,
         gpu_layers: config.gpu_layers.value,
+        measure: config.measure.value.is_on(),
         ..NodeConfig::new(config.data_dir.value.clone(), command.to_vec())
     })
 }

@@ -1,0 +1,84 @@
+//! Where a model's layers go: the planner is asked with what is known of nodes, links and buffers now.
+use std::sync::Arc;
+
+use capstan_planner::{Buffers, Placement, PlanError, PlanInput, PlanOptions, Sizes, plan};
+use capstan_proto::manage::{LoadForecast, ManageError};
+
+use crate::buffers;
+use crate::cutter::OpenModel;
+use crate::deployments::Movable;
+use crate::fleet::Fleet;
+use crate::node::Shared;
+
+/// A placement, and how fast it will be if that is known.
+pub(crate) async fn place(
+    shared: &Arc<Shared>,
+    model: &OpenModel,
+    options: PlanOptions,
+) -> Result<(Placement, Option<LoadForecast>), ManageError> {
+    let wanted = buffers::Wanted {
+        ctx: options.ctx,
+        slots: options.slots,
+        spares_per_stage: options.spares_per_stage,
+        ubatch: options.ubatch,
+        rollback: model.rollback(),
+    };
+    let buffers = buffers::of(shared, model, wanted).await;
+    place_on(Fleet::of(shared), model, options, buffers).await
+}
+
+/// The best placement of a model that is served already, on nodes that have free what it holds there; none when there is
+/// no better one to be found.
+pub(crate) async fn again(shared: &Arc<Shared>, one: &Movable, fleet: Fleet) -> Option<Placement> {
+    // As at the load: room for snapshots where guesses cannot be trimmed.
+    let spares = one.request.speculation.unwrap_or(true);
+    let spares_per_stage = u32::from(spares && one.model.rollback() == capstan_proto::data::Rollback::Copy);
+    let options = PlanOptions {
+        ctx: one.status.ctx,
+        slots: one.status.slots,
+        spares_per_stage,
+        ubatch: crate::deployments::UBATCH,
+        ..PlanOptions::default()
+    };
+    let wanted = buffers::Wanted {
+        ctx: options.ctx,
+        slots: options.slots,
+        spares_per_stage,
+        ubatch: options.ubatch,
+        rollback: one.model.rollback(),
+    };
+    let buffers = buffers::of(shared, &one.model, wanted).await;
+    place_on(fleet, &one.model, options, buffers).await.ok().map(|(placement, _)| placement)
+}
+
+async fn place_on(
+    fleet: Fleet,
+    model: &OpenModel,
+    options: PlanOptions,
+    buffers: Option<Buffers>,
+) -> Result<(Placement, Option<LoadForecast>), ManageError> {
+    let model = model.model.clone();
+    // Trying every order of several nodes for a deep model takes a moment; the daemon goes on meanwhile.
+    let planned = tokio::task::spawn_blocking(move || {
+        let profile = model.profile();
+        let (ctx, slots, ubatch) = (options.ctx, options.slots, options.ubatch);
+        let placement = plan(&PlanInput {
+            nodes: fleet.nodes(&profile),
+            links: fleet.links(),
+            sizes: &Sizes { buffers, ..Sizes::of(&profile) },
+            window_problem: &|range| model.window_problem(range),
+            split_problem: model.split_problem(),
+            options,
+        })?;
+        let forecast = fleet.forecast(&profile, &placement, ctx, slots, ubatch);
+        Ok((placement, forecast))
+    });
+    let planned = planned.await.map_err(|e| ManageError::new(500, format!("planning failed: {e}")))?;
+    planned.map_err(|error: PlanError| {
+        let status = match error {
+            PlanError::Memory { .. } | PlanError::UnknownNode(_) | PlanError::NoNodes => 409,
+            _ => 400,
+        };
+        ManageError::new(status, error.to_string())
+    })
+}
