@@ -19,7 +19,7 @@ pub const DEPTH_TOKENS: [u64; 4] = [0, 4096, 32_768, 131_072];
 /// Sequences at once that it lists.
 pub const SEQUENCES: [u32; 5] = [1, 2, 4, 8, 16];
 /// Sizes of chunks that are tried; those above the micro-batch's limit are not.
-const CHUNK_ROWS: [u32; 6] = [64, 128, 256, 512, 1024, 2048];
+pub(crate) const CHUNK_ROWS: [u32; 6] = [64, 128, 256, 512, 1024, 2048];
 /// Rows that plain RPC computes at once: llama.cpp's default.
 const RPC_CHUNK_ROWS: u32 = 512;
 /// What each remote node adds to a step of llama.cpp's RPC, in seconds: the graph is sent and read anew, and results pass

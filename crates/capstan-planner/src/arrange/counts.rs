@@ -1,0 +1,125 @@
+//! The search where links are all alike: which machine came last does not matter, only how many of each kind did.
+use std::ops::{Range, RangeInclusive};
+
+use super::Arrangement;
+use super::grid::Grid;
+use super::reach;
+use super::rest::Rest;
+use super::search::{Goal, Search, Stage, Step};
+
+impl Search<'_> {
+    /// The shortest way of at most `bound` through stages that take no longer than `cap`.
+    pub fn over_counts(&self, cap: f64, bound: f64) -> Option<Arrangement> {
+        let (n, kinds, goal) = (self.n, self.problem.kinds, Goal::Way);
+        let hop = self.hop(goal, 0, 0);
+        if self.hop_exceeds(0, 0, cap) {
+            return None;
+        }
+        let grid = Grid::new(&self.counts);
+        let froms = self.froms(cap);
+        // The most layers that the machines of a state can hold; those left over must be able to hold the others.
+        let (ahead, behind) = (reach::ahead(self, &grid, &froms), reach::behind(self, &grid, &froms));
+        let band = |state: usize| usize::from(behind[grid.others(state)])..=usize::from(ahead[state]);
+        let rest = Rest::new(self, &froms, hop);
+        let movable: Vec<usize> = self.movable().collect();
+        let mut rows = Rows { spans: vec![None; grid.states], cells: Vec::new() };
+        let (mut next, mut queue) = (vec![f64::INFINITY; n + 1], Vec::new());
+        let mut whole: Option<(f64, usize)> = None;
+        let mut used = vec![0usize; kinds.len()];
+        for state in 0..grid.states {
+            if state > 0 {
+                grid.count_on(&mut used);
+            }
+            let ends = band(state);
+            if ends.is_empty() {
+                continue;
+            }
+            next[ends.clone()].fill(f64::INFINITY);
+            for &k in movable.iter().filter(|&&k| used[k] > 0) {
+                let Some((shortest, before)) = rows.get(state - grid.strides[k]) else { continue };
+                let ends = (*ends.start()).max(shortest + 1)..=*ends.end();
+                self.extend(&Step { k, goal, froms: &froms[k], before, shortest, ends }, &mut next, &mut queue);
+            }
+            // Every stage of a pipeline has a hop before it: the first one's closes the ring.
+            next[ends.clone()].iter_mut().for_each(|to| *to += hop);
+            if state == 0 {
+                next[0] = 0.0;
+            }
+            self.bridge_counts(&ends, hop, &mut next);
+            // What is complete is no prefix of anything.
+            if *ends.end() == n {
+                let complete = std::mem::replace(&mut next[n], f64::INFINITY);
+                if complete.is_finite() && whole.is_none_or(|w| complete < w.0) && self.enough(|k| used[k]) {
+                    whole = Some((complete, state));
+                }
+            }
+            rest.discard(self, ends.clone(), |k| self.counts[k] - used[k], bound, &mut next);
+            let first = ends.clone().find(|&l| next[l].is_finite());
+            let last = ends.rev().find(|&l| next[l].is_finite());
+            if let (Some(first), Some(last)) = (first, last) {
+                rows.put(state, first..=last, &next[first..=last]);
+            }
+        }
+        // A lone stage has no hop: `arrangement` reckons it right.
+        Some(self.arrangement(self.trace(&grid, &froms, &rows, whole?.1)?))
+    }
+
+    /// Prefixes of a row go on through given stages, as far as they are of use.
+    fn bridge_counts(&self, ends: &RangeInclusive<usize>, hop: f64, row: &mut [f64]) {
+        for &(k, start, end) in &self.given.stages {
+            if ends.contains(&start) && ends.contains(&end) {
+                let prefix = std::mem::replace(&mut row[start], f64::INFINITY);
+                row[end] = prefix + hop + self.stage_s(k, start, end);
+            }
+        }
+    }
+
+    /// The stages of the best way to all layers with these machines.
+    fn trace(&self, grid: &Grid, froms: &[Vec<usize>], rows: &Rows, mut state: usize) -> Option<Vec<Stage>> {
+        let (mut stages, mut end) = (Vec::new(), self.n);
+        let mut before = vec![f64::INFINITY; self.n + 1];
+        while end > 0 {
+            if let Some((k, start)) = self.given.ending(end) {
+                stages.push((k, start, end));
+                end = start;
+                continue;
+            }
+            let mut best: Option<(f64, Stage)> = None;
+            for k in self.movable().filter(|&k| grid.used(state, k) > 0) {
+                let Some((first, values)) = rows.get(state - grid.strides[k]) else { continue };
+                before.fill(f64::INFINITY);
+                before[first..first + values.len()].copy_from_slice(values);
+                let Some(start) = self.start_of(k, Goal::Way, froms, &before, end) else { continue };
+                let value = before[start] + self.stage_s(k, start, end);
+                if best.is_none_or(|b| value < b.0) {
+                    best = Some((value, (k, start, end)));
+                }
+            }
+            let (_, stage) = best?;
+            stages.push(stage);
+            (state, end) = (state - grid.strides[stage.0], stage.1);
+        }
+        stages.reverse();
+        Some(stages)
+    }
+}
+
+/// Of each state the prefixes worth keeping, one state's after the other's: few states have many.
+struct Rows {
+    /// The shortest of them, and where they lie.
+    spans: Vec<Option<(usize, Range<usize>)>>,
+    cells: Vec<f64>,
+}
+
+impl Rows {
+    fn put(&mut self, state: usize, lengths: RangeInclusive<usize>, values: &[f64]) {
+        let at = self.cells.len();
+        self.cells.extend_from_slice(values);
+        self.spans[state] = Some((*lengths.start(), at..self.cells.len()));
+    }
+
+    fn get(&self, state: usize) -> Option<(usize, &[f64])> {
+        let (first, at) = self.spans[state].clone()?;
+        Some((first, &self.cells[at]))
+    }
+}
