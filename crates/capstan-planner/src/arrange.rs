@@ -139,19 +139,13 @@ pub struct Arrangement {
 /// Finds the best arrangement; none when no subset of the machines can hold the model.
 pub fn arrange(problem: &Problem) -> Option<Arrangement> {
     let search = Search::new(problem)?;
-    let slowest = |cap| search.best(Goal::Slowest, cap);
-    let way = |cap| search.best(Goal::Way, cap);
-    match problem.objective {
-        Objective::Latency => way(f64::INFINITY),
-        Objective::Throughput => {
-            let found = slowest(f64::INFINITY)?;
-            way(found.slowest_s * (1.0 + ROUNDING)).or(Some(found))
-        }
-        Objective::Balanced => {
-            let found = slowest(f64::INFINITY)?;
-            way(found.slowest_s * BALANCED_SLACK).or(Some(found))
-        }
-    }
+    let slack = match problem.objective {
+        Objective::Latency => return search.best(Goal::Way, f64::INFINITY, None),
+        Objective::Throughput => 1.0 + ROUNDING,
+        Objective::Balanced => BALANCED_SLACK,
+    };
+    let found = search.best(Goal::Slowest, f64::INFINITY, None)?;
+    search.best(Goal::Way, found.slowest_s * slack, Some(found.clone())).or(Some(found))
 }
 
 /// The fewest machines that can hold the model, whatever the speed.

@@ -21,7 +21,7 @@ impl Search<'_> {
     pub fn over_chains(&self, goal: Goal, cap: f64, bound: f64) -> Option<Arrangement> {
         let mut origin = vec![f64::INFINITY; self.n + 1];
         origin[0] = 0.0;
-        let (grid, froms) = (Grid::new(&self.counts), self.froms(cap));
+        let (grid, froms) = (Grid::new(&self.counts)?, self.froms(cap));
         let mut chains = Chains { search: self, goal, cap, bound, grid, froms, origin };
         let mut origin = std::mem::take(&mut chains.origin);
         chains.bridge(&mut origin, None);

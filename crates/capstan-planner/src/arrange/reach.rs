@@ -21,28 +21,25 @@ const HALVINGS: usize = 40;
 
 /// Of each way to use machines: the end of the longest prefix that they can hold.
 pub(super) fn ahead(search: &Search, grid: &Grid, froms: &[Vec<usize>]) -> Vec<u16> {
-    let furthest: Vec<_> = froms.iter().map(|of| furthest(of, search.n, |l| search.given.after(l))).collect();
-    table(search, grid, search.given.after(0), &furthest, Ord::max)
+    let furthest = |of: &Vec<usize>| furthest(of, search.n, |l| search.given.after(l));
+    table(grid, search.n, search.given.after(0), froms.iter().flat_map(furthest).collect(), Ord::max)
 }
 
 /// Of each way to use machines: the start of the longest rest that they can hold.
 pub(super) fn behind(search: &Search, grid: &Grid, froms: &[Vec<usize>]) -> Vec<u16> {
-    let before = |of: &Vec<usize>| of.iter().map(|&l| search.given.before(l) as u16).collect();
-    let first: Vec<_> = froms.iter().map(before).collect();
-    table(search, grid, search.given.before(search.n), &first, Ord::min)
+    let first = froms.iter().flatten().map(|&l| search.given.before(l) as u16);
+    table(grid, search.n, search.given.before(search.n), first.collect(), Ord::min)
 }
 
-fn table(search: &Search, grid: &Grid, origin: usize, to: &[Vec<u16>], better: impl Fn(u16, u16) -> u16) -> Vec<u16> {
-    let movable: Vec<(usize, usize)> = search.movable().map(|k| (k, grid.strides[k])).collect();
+/// `to` says, kind by kind, where one comes to from each border with one more machine.
+fn table(grid: &Grid, n: usize, origin: usize, to: Vec<u16>, better: impl Fn(u16, u16) -> u16) -> Vec<u16> {
     let mut reached = vec![origin as u16; grid.states];
-    let mut used = vec![0; search.counts.len()];
+    let mut odometer = grid.odometer();
     for state in 1..grid.states {
-        grid.count_on(&mut used);
+        odometer.count_on();
         let mut best = origin as u16;
-        for &(k, stride) in &movable {
-            if used[k] > 0 {
-                best = better(best, to[k][usize::from(reached[state - stride])]);
-            }
+        for k in odometer.present() {
+            best = better(best, to[k * (n + 1) + usize::from(reached[state - grid.strides[k]])]);
         }
         reached[state] = best;
     }
@@ -66,13 +63,13 @@ impl Search<'_> {
     /// The fastest slowest stage where links are all alike, windows forbidden or machines required notwithstanding: a
     /// bound, and the best where [`Search::may_be`] says that the arrangement may be. None when not even memory suffices.
     pub fn least_slowest(&self) -> Option<Arrangement> {
-        let grid = Grid::new(&self.counts);
-        let mut best = self.reached(&grid, f64::INFINITY)?;
-        if let Some(guess) = self.guess_slowest(best.slowest_s)
-            && guess.slowest_s < best.slowest_s
-        {
-            best = guess;
-        }
+        let grid = Grid::new(&self.counts)?;
+        let total_s = |k: usize| self.stage_s(k, 0, self.n);
+        let most = self.movable().map(total_s).fold(0.0, f64::max).max(self.problem.hops.wire_s[0][0]);
+        let mut best = match self.guess_slowest(most) {
+            Some(guess) => guess,
+            None => self.reached(&grid, f64::INFINITY)?,
+        };
         // Between what even machines without gaps between their windows would need, and the guess.
         let (mut low, mut high) = (0.0, best.slowest_s);
         for _ in 0..HALVINGS {

@@ -194,7 +194,7 @@ impl<'a> Search<'a> {
     }
 
     /// Extends prefixes by one stage each: `next[end] = min over start of before[start] joined with it`.
-    pub fn extend(&self, step: &Step, next: &mut [f64], queue: &mut Vec<usize>) {
+    pub fn extend(&self, step: &Step, next: &mut [f64], queue: &mut Vec<(usize, f64)>) {
         let &Step { k, goal, froms, before, shortest, ref ends } = step;
         let upto = &self.upto[k];
         let limit = shortest + before.len();
@@ -203,36 +203,36 @@ impl<'a> Search<'a> {
             let value = |start: usize| goal.join(before[start - shortest], self.stage_s(k, start, end));
             (from..last).filter(may).map(value).fold(f64::INFINITY, f64::min)
         };
+        let span = |end: usize| (froms[end].max(shortest), end.min(limit));
+        if goal == Goal::Slowest {
+            for end in ends.clone() {
+                let (from, last) = span(end);
+                next[end] = next[end].min(scan(from, last, end));
+            }
+            return;
+        }
+        // A queue of starts whose prefixes get dearer, relative to what the machine saves by starting later.
         queue.clear();
         let (mut front, mut pushed) = (0, shortest);
         for end in ends.clone() {
-            let (from, last) = (froms[end].max(shortest), end.min(limit));
-            if from >= last {
-                continue;
-            }
-            let found = if goal == Goal::Slowest {
-                scan(from, last, end)
-            } else {
-                // A queue of starts whose prefixes get dearer, relative to what the machine saves by starting later.
-                let relative = |start: usize| before[start - shortest] - upto[start];
-                while pushed < last {
-                    if before[pushed - shortest].is_finite() {
-                        let value = relative(pushed);
-                        while queue.len() > front && relative(queue[queue.len() - 1]) >= value {
-                            queue.pop();
-                        }
-                        queue.push(pushed);
+            let (from, last) = span(end);
+            while pushed < last {
+                let relative = before[pushed - shortest] - upto[pushed];
+                if relative < f64::INFINITY {
+                    while queue.len() > front && queue[queue.len() - 1].1 >= relative {
+                        queue.pop();
                     }
-                    pushed += 1;
+                    queue.push((pushed, relative));
                 }
-                while front < queue.len() && queue[front] < from {
-                    front += 1;
-                }
-                match queue.get(front) {
-                    Some(&start) if self.may(start, end) => before[start - shortest] + self.stage_s(k, start, end),
-                    Some(_) => scan(from, last, end),
-                    None => continue,
-                }
+                pushed += 1;
+            }
+            while front < queue.len() && queue[front].0 < from {
+                front += 1;
+            }
+            let Some(&(start, relative)) = queue.get(front) else { continue };
+            let found = match self.may(start, end) {
+                true => relative + upto[end] + if end == self.n { self.problem.kinds[k].head_s } else { 0.0 },
+                false => scan(from, last, end),
             };
             next[end] = next[end].min(found);
         }
@@ -245,8 +245,8 @@ impl<'a> Search<'a> {
         ways.min_by(|&a, &b| value(a).total_cmp(&value(b)))
     }
 
-    /// The exact best, or the best of plausible orders where that would take too long.
-    pub fn best(&self, goal: Goal, cap: f64) -> Option<Arrangement> {
+    /// The exact best, or the best of plausible orders where that would take too long. What is `known` keeps the cap.
+    pub fn best(&self, goal: Goal, cap: f64, known: Option<Arrangement>) -> Option<Arrangement> {
         if self.given_exceeds(cap) {
             return None;
         }
@@ -265,15 +265,24 @@ impl<'a> Search<'a> {
             return self.slowest(cap);
         }
         let mut guess = self.guess(goal, cap);
+        if let Some(known) = known
+            && guess.as_ref().is_none_or(|g| self.value(goal, &known) < self.value(goal, g))
+        {
+            guess = Some(known);
+        }
         if states > IMPROVE_STATES {
             guess = guess.map(|g| self.improved(g, goal, cap));
         }
         if !feasible {
             return guess.map(|g| Arrangement { exact: false, ..g });
         }
-        let bound = guess.as_ref().map_or(f64::INFINITY, |g| self.value(goal, g)) * (1.0 + ROUNDING);
         let whole = self.whole(goal, cap);
-        let split = if self.uniform { self.over_counts(cap, bound) } else { self.over_chains(goal, cap, bound) };
+        let split = if self.uniform {
+            self.over_counts(cap, guess.as_ref())
+        } else {
+            let bound = guess.as_ref().map_or(f64::INFINITY, |g| self.value(goal, g)) * (1.0 + ROUNDING);
+            self.over_chains(goal, cap, bound)
+        };
         // Equally good: the one with fewer machines, and that of the guess is as good as any.
         let better = |a: Option<Arrangement>, b: Option<Arrangement>| match (a, b) {
             (Some(a), Some(b)) => {
@@ -289,7 +298,7 @@ impl<'a> Search<'a> {
         if !self.uniform || Grid::size(&self.counts) * self.counts.len() as f64 > STEPS_MAX / 10.0 {
             return None;
         }
-        match self.reached(&Grid::new(&self.counts), f64::INFINITY) {
+        match self.reached(&Grid::new(&self.counts)?, f64::INFINITY) {
             None => Some(false),
             Some(found) => self.may_be(&found).then_some(true),
         }
@@ -302,7 +311,7 @@ impl<'a> Search<'a> {
         if self.may_be(&least) {
             return Some(least).filter(|l| l.slowest_s <= cap);
         }
-        let under = |cap| self.best(Goal::Way, cap);
+        let under = |cap| self.best(Goal::Way, cap, None);
         let mut best = match under(least.slowest_s * (1.0 + ROUNDING)) {
             Some(found) => return Some(found).filter(|f| f.slowest_s <= cap),
             None => under(cap)?,
