@@ -13,7 +13,7 @@ use serde::Serialize;
 use self::desk::Desk;
 use self::fleet::Fleet;
 use crate::arrange::Objective;
-use crate::forecast::{CHUNK_ROWS, Forecast, Pipeline, Placed, Wiring};
+use crate::forecast::{CHUNK_ROWS, Forecast, PROMPT_TOKENS, Pipeline, Placed, Wiring};
 use crate::links::Links;
 use crate::machines::{MACHINES_MAX, Machine};
 use crate::models::KnownModel;
@@ -243,7 +243,7 @@ pub fn answer(question: &Question) -> Result<Answer, Unfit> {
         ctx_max,
         slots_max,
         by_machines: by_machines(&desk, &fleet, fewest),
-        choices: desk.choices(&fleet, &found, ctx_max, slots_max),
+        choices: desk.choices(&fleet, &found, &desk.speeds_of(&pipeline, desk.depth_tokens()), (ctx_max, slots_max)),
         exact: found.exact,
         explanation: desk.explain(&fleet, &found, &pipeline, fewest),
         rejected: desk.rejected(&fleet, &found, &pipeline, fewest),
@@ -376,22 +376,27 @@ pub fn fewest_of(question: &Question) -> Option<usize> {
     Desk::new(question).fewest(&Fleet::same(&machine, MACHINES_MAX, question.links.usual))
 }
 
-/// The size of micro-batches with which a prompt of usual length is through soonest, the smallest among equals. None when
-/// the model fits with none.
+/// The size of micro-batches with which prompts of all listed lengths that a slot holds are through soonest, the smallest
+/// among those that are about as good. None when the model fits with none.
 pub fn best_ubatch(question: &Question) -> Option<u32> {
     check(question).ok()?;
     let (desk, fleet) = (Desk::new(question), fleet(question));
+    let fits = |tokens: &u32| *tokens < question.ctx;
+    let prompts: Vec<u32> = PROMPT_TOKENS.into_iter().filter(fits).collect();
     let mut best: Option<(u32, f64)> = None;
     for ubatch in CHUNK_ROWS {
-        let speeds = desk.asking(|q| q.ubatch = ubatch).speeds(&fleet, desk.depth_tokens());
-        if let Some(speed) = speeds.map(|s| s.prompt_tokens_per_s)
-            && best.is_none_or(|b| speed > b.1 * (1.0 + WORTHWHILE))
+        // The mean of how much faster it is counts, so that long prompts do not drown short ones.
+        let score = |p: &Pipeline| -> f64 {
+            prompts.iter().map(|&tokens| p.first_token(Wiring::Capstan, tokens, ubatch).tokens_per_s.ln()).sum()
+        };
+        if let Some(score) = desk.asking(|q| q.ubatch = ubatch).with_pipeline(&fleet, score)
+            && best.is_none_or(|b| score > b.1 + WORTHWHILE * prompts.len() as f64)
         {
-            best = Some((ubatch, speed));
+            best = Some((ubatch, score));
         }
     }
     best.map(|b| b.0)
 }
 
-/// So much faster a prompt must come in for larger micro-batches, which take memory, to be worth it.
+/// So much faster prompts must come in for larger micro-batches, which take memory, to be worth it.
 const WORTHWHILE: f64 = 0.01;

@@ -140,12 +140,13 @@ pub struct Arrangement {
 pub fn arrange(problem: &Problem) -> Option<Arrangement> {
     let search = Search::new(problem)?;
     let slack = match problem.objective {
-        Objective::Latency => return search.best(Goal::Way, f64::INFINITY, None),
+        Objective::Latency => return Some(search.evened(search.best(Goal::Way, f64::INFINITY, None)?)),
         Objective::Throughput => 1.0 + ROUNDING,
         Objective::Balanced => BALANCED_SLACK,
     };
     let found = search.best(Goal::Slowest, f64::INFINITY, None)?;
-    search.best(Goal::Way, found.slowest_s * slack, Some(found.clone())).or(Some(found))
+    let way = search.best(Goal::Way, found.slowest_s * slack, Some(found.clone()));
+    Some(way.map_or(found, |way| search.evened(way)))
 }
 
 /// The fewest machines that can hold the model, whatever the speed.

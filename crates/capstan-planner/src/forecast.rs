@@ -158,7 +158,16 @@ impl Pipeline<'_> {
 
     /// What each stage takes for a micro-batch.
     pub fn stage_s(&self, batch: Batch) -> Vec<f64> {
-        self.stages.iter().map(|s| Times::of(self.profile, &s.rates, batch).stage_s(s.layers)).collect()
+        // Neighbours are often alike, and times are reckoned for all layers at once.
+        let mut times: Option<(&Rates, Times)> = None;
+        let mut stages_s = Vec::with_capacity(self.stages.len());
+        for stage in self.stages {
+            let alike = times.take().filter(|(rates, _)| **rates == stage.rates).map(|(_, times)| times);
+            let of = alike.unwrap_or_else(|| Times::of(self.profile, &stage.rates, batch));
+            stages_s.push(of.stage_s(stage.layers));
+            times = Some((&stage.rates, of));
+        }
+        stages_s
     }
 
     /// What each hop takes for so many rows; one machine has none.

@@ -9,6 +9,8 @@ use crate::human_bytes;
 pub const WIDTH: usize = 100;
 /// Widest name of a machine; longer ones lose their middle.
 const NAME_WIDTH: usize = 34;
+/// The same for what another choice is.
+const CHOICE_WIDTH: usize = 42;
 /// How far a section's lines are indented.
 const INDENT: &str = "  ";
 
@@ -70,7 +72,7 @@ fn memory(out: &mut String, answer: &Answer) {
     for m in &answer.forecast.memory {
         let needs = m.weight_bytes + m.kv_bytes + m.compute_bytes;
         let sizes = [m.weight_bytes, m.kv_bytes, m.compute_bytes, needs, m.usable_bytes].map(human_bytes);
-        rows.add([short(&m.machine), m.layers.clone()].into_iter().chain(sizes));
+        rows.add([short(&m.machine, NAME_WIDTH), m.layers.clone()].into_iter().chain(sizes));
     }
     rows.print(out, "Placement, in pipeline order");
 }
@@ -80,7 +82,7 @@ fn work(out: &mut String, answer: &Answer) {
     let mut rows = Rows::new(&["machine", "reads weights", "reads KV", "computes", "sends", "on the way"], 1);
     for w in &answer.work {
         rows.add([
-            short(&w.machine),
+            short(&w.machine, NAME_WIDTH),
             human_bytes(w.weight_bytes),
             human_bytes(w.kv_bytes),
             format!("{:.1} ms", w.compute_s * 1e3),
@@ -176,7 +178,7 @@ fn choices(out: &mut String, answer: &Answer) {
             ],
             None => ["does not fit", "-", "-", "-"].map(str::to_owned),
         };
-        rows.add([short(what)].into_iter().chain(figures));
+        rows.add([short(what, CHOICE_WIDTH)].into_iter().chain(figures));
     }
     rows.print(out, "What another choice would cost or bring");
 }
@@ -199,13 +201,13 @@ fn time(seconds: f64) -> String {
     }
 }
 
-/// A name that is not too wide: its beginning and its end.
-fn short(name: &str) -> String {
-    let chars: Vec<char> = name.chars().filter(|c| !c.is_control()).collect();
-    if chars.len() <= NAME_WIDTH {
+/// Text that is not too wide: its beginning and its end.
+fn short(text: &str, most: usize) -> String {
+    let chars: Vec<char> = text.chars().filter(|c| !c.is_control()).collect();
+    if chars.len() <= most {
         return chars.into_iter().collect();
     }
-    let (head, tail) = (NAME_WIDTH * 2 / 3, NAME_WIDTH - NAME_WIDTH * 2 / 3 - 1);
+    let (head, tail) = (most * 2 / 3, most - most * 2 / 3 - 1);
     chars[..head].iter().chain(&['…']).chain(&chars[chars.len() - tail..]).collect()
 }
 
@@ -278,7 +280,7 @@ mod tests {
     #[test]
     fn times_and_names_read_well() {
         assert_eq!((time(0.0123), time(12.34), time(239.6)), ("12 ms".into(), "12.3 s".into(), "4 min 00 s".into()));
-        let name = short(&format!("{} (no. 12)", "n".repeat(100)));
+        let name = short(&format!("{} (no. 12)", "n".repeat(100)), NAME_WIDTH);
         assert!(name.chars().count() == NAME_WIDTH && name.ends_with("(no. 12)"), "{name}");
     }
 }

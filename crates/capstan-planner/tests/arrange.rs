@@ -306,6 +306,19 @@ fn too_many_orders_are_not_all_tried() {
     assert!(!found.exact && found.stages.len() > 16);
 }
 
+/// Every cut over machines that are alike has the same way; then the slowest stage decides, whatever is wanted.
+#[test]
+fn what_is_equally_short_is_cut_evenly() {
+    let mut case = fleet(1, 4, 40, 200);
+    case.kinds[0].required = 4;
+    let slowest = case.solve(Objective::Throughput).unwrap().slowest_s;
+    for objective in [Objective::Latency, Objective::Balanced] {
+        let found = case.solve(objective).unwrap();
+        case.check(&found);
+        assert!(found.slowest_s <= slowest * 1.001, "{objective:?}: {} for {slowest}", found.slowest_s);
+    }
+}
+
 #[test]
 fn a_given_order_is_kept() {
     let case = fleet(3, 1, 12, 30);

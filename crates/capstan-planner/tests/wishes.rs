@@ -46,7 +46,7 @@ fn objective() -> impl Strategy<Value = Objective> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(200))]
+    #![proptest_config(ProptestConfig::with_cases(64))]
 
     #[test]
     fn an_excluded_machine_is_one_that_is_not_there(

@@ -16,10 +16,13 @@ const KINDS_MAX: usize = 4;
 /// Contexts and slots are multiplied by these.
 const TIMES_MORE: [u32; 3] = [2, 4, 8];
 
+/// A smaller part than this is no difference.
+const NO_CHANGE: f64 = 0.005;
+
 impl Desk<'_> {
-    /// The same question asked otherwise, one thing at a time.
-    pub fn choices(&self, fleet: &Fleet, found: &Arrangement, ctx_max: u32, slots_max: u32) -> Vec<Choice> {
-        let (depth, q) = (self.depth_tokens(), &self.question);
+    /// The same question asked otherwise, one thing at a time; `most` are the longest context and the most slots.
+    pub fn choices(&self, fleet: &Fleet, found: &Arrangement, now: &Speeds, most: (u32, u32)) -> Vec<Choice> {
+        let (depth, q, (ctx_max, slots_max)) = (self.depth_tokens(), &self.question, most);
         let mut choices = Vec::new();
         let mut add =
             |of: &'static str, what: String, speeds: Option<Speeds>| choices.push(Choice { of, what, speeds });
@@ -62,7 +65,11 @@ impl Desk<'_> {
         }
         for ubatch in CHUNK_ROWS.into_iter().filter(|&rows| rows > 128 && rows != q.ubatch) {
             let speeds = self.asking(|q| q.ubatch = ubatch).speeds(fleet, depth);
-            add("ubatch", format!("micro-batches of {ubatch} rows"), speeds);
+            // Larger ones than any chunk needs change nothing.
+            let same = |s: &Speeds| (s.prompt_tokens_per_s / now.prompt_tokens_per_s - 1.0).abs() < NO_CHANGE;
+            if !speeds.as_ref().is_some_and(same) {
+                add("ubatch", format!("micro-batches of {ubatch} rows"), speeds);
+            }
         }
         choices
     }
@@ -157,8 +164,8 @@ impl Desk<'_> {
         let depth = self.depth_tokens();
         let now = self.speeds_of(pipeline, depth);
         let percent = |then: f64, now: f64, what: &str| match then / now - 1.0 {
-            gain if gain >= 0.005 => format!("{:.0} % more {what}", gain * 100.0),
-            gain if gain <= -0.005 => format!("{:.0} % fewer {what}", -gain * 100.0),
+            gain if gain >= NO_CHANGE => format!("{:.0} % more {what}", gain * 100.0),
+            gain if gain <= -NO_CHANGE => format!("{:.0} % fewer {what}", -gain * 100.0),
             _ => format!("no more {what}"),
         };
         let change = |then: Speeds| {
