@@ -24,6 +24,9 @@ mod desk;
 mod explain;
 mod fleet;
 
+/// So much faster prompts must come in for larger micro-batches, which take memory, to be worth it.
+const WORTHWHILE: f64 = 0.01;
+
 /// A model to plan for.
 pub struct Subject<'a> {
     /// Its name for people.
@@ -315,7 +318,7 @@ fn by_machines(desk: &Desk, fleet: &Fleet, fewest: usize) -> Vec<(usize, f64)> {
         return Vec::new();
     }
     let all = fleet.len();
-    let speed = |fleet: &Fleet| desk.speeds(fleet, desk.depth_tokens()).map(|s| desk.wanted(&s));
+    let speed = |fleet: &Fleet| desk.decode_speed(fleet);
     let mut speeds: Vec<_> = (fewest..=all).filter_map(|n| Some((n, speed(&fleet.first(n))?))).collect();
     if all < MACHINES_MAX {
         speeds.extend(speed(&fleet.with_another(0)).map(|s| (all + 1, s)));
@@ -351,8 +354,7 @@ fn target(question: &Question, machine: &Machine, tokens_per_s: f64) -> Target {
     let desk = Desk::new(&Question { wishes: &[], ..*question });
     let mut most: Option<(usize, f64)> = None;
     for n in 1..=MACHINES_MAX {
-        let speeds = desk.speeds(&Fleet::same(machine, n, question.links.usual), desk.depth_tokens());
-        let Some(speed) = speeds.map(|s| desk.wanted(&s)) else { continue };
+        let Some(speed) = desk.decode_speed(&Fleet::same(machine, n, question.links.usual)) else { continue };
         if most.is_none_or(|m| speed > m.1) {
             most = Some((n, speed));
         }
@@ -397,6 +399,3 @@ pub fn best_ubatch(question: &Question) -> Option<u32> {
     }
     best.map(|b| b.0)
 }
-
-/// So much faster prompts must come in for larger micro-batches, which take memory, to be worth it.
-const WORTHWHILE: f64 = 0.01;

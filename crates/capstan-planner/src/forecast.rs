@@ -143,11 +143,14 @@ impl Pipeline<'_> {
             DEPTH_TOKENS.into_iter().filter(|&d| fits(d)).map(|depth| self.decode(wiring, 1, depth)).collect();
         let depth = DEPTH_TOKENS[1].min(u64::from(ctx.saturating_sub(1)));
         decode.extend(SEQUENCES.into_iter().filter(|&n| n > 1 && n <= slots).map(|n| self.decode(wiring, n, depth)));
-        let prompts = PROMPT_TOKENS.into_iter().filter(|&p| fits(p.into()));
+        let mut prompts: Vec<u32> = PROMPT_TOKENS.into_iter().filter(|&p| fits(p.into())).collect();
+        if prompts.is_empty() {
+            prompts.push((ctx / 2).max(1));
+        }
         let (first_load_s, load_s) = self.load_s(wiring);
         Forecast {
             wiring,
-            first_token: prompts.map(|p| self.first_token(wiring, p, ubatch)).collect(),
+            first_token: prompts.into_iter().map(|p| self.first_token(wiring, p, ubatch)).collect(),
             decode,
             memory: self.stages.iter().map(Placed::memory).collect(),
             first_load_s,

@@ -41,7 +41,9 @@ pub mod shape;
 pub mod table;
 pub mod timing;
 
-pub use answer::{Answer, Question, Subject, Target, Unfit, Wish, answer, best_ubatch, fewest_of, machines_for, place, targets};
+pub use answer::{
+    Answer, Question, Subject, Target, Unfit, Wish, answer, best_ubatch, fewest_of, machines_for, place, targets,
+};
 pub use arrange::Objective;
 pub use cost::{Need, Sizes};
 pub use forecast::Forecast;

@@ -52,7 +52,8 @@ pub fn svg(answer: &Answer) -> String {
         text(&mut out, (LEFT + BAR + 8.0, y + 20.0), "#000", &room);
     }
     let speed = answer.forecast.decode.first().map(|d| format!("{:.1} tok/s", d.tokens_per_s)).unwrap_or_default();
-    let legend = format!("{speed} for one sequence; bars are weights, KV cache and compute buffers within what may be used");
+    let legend =
+        format!("{speed} for one sequence; bars are weights, KV cache and compute buffers within what may be used");
     text(&mut out, (16.0, height - 16.0), "#000", &legend);
     out.push_str("</svg>\n");
     out

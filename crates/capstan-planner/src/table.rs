@@ -52,10 +52,9 @@ pub fn targets(targets: &[Target], tokens_per_s: f64) -> String {
             None => "no number of them holds the model".to_owned(),
         };
         let line = match t.enough {
-            Some((n, speed)) => format!(
-                "{tokens_per_s} tokens per second take {n} of {}, which would reach {speed:.1}.",
-                t.machine
-            ),
+            Some((n, speed)) => {
+                format!("{tokens_per_s} tokens per second take {n} of {}, which would reach {speed:.1}.", t.machine)
+            }
             None => format!("No number of {} reaches {tokens_per_s} tokens per second: {most}.", t.machine),
         };
         wrap(&mut out, "", &line);
@@ -149,7 +148,11 @@ fn star(beyond: bool) -> &'static str {
 
 fn footnote(out: &mut String, answer: &Answer, needed: bool) {
     if needed {
-        wrap(out, INDENT, &format!("* beyond the {} tokens that were planned for; a larger context makes room", answer.ctx));
+        wrap(
+            out,
+            INDENT,
+            &format!("* beyond the {} tokens that were planned for; a larger context makes room", answer.ctx),
+        );
     }
 }
 

@@ -14,7 +14,12 @@ fn machines(gib: [u64; 3]) -> Vec<Machine> {
         .collect()
 }
 
-fn ask(machines: &[Machine], headroom_gib: u64, objective: Objective, wishes: &[(usize, Wish)]) -> Result<Answer, Unfit> {
+fn ask(
+    machines: &[Machine],
+    headroom_gib: u64,
+    objective: Objective,
+    wishes: &[(usize, Wish)],
+) -> Result<Answer, Unfit> {
     let (model, quantisation) = models::find("gpt-oss-20b").unwrap();
     let subject = Subject::known(model, quantisation);
     let links = Links::all(links::parse("10GbE").unwrap());

@@ -104,8 +104,11 @@ impl Desk<'_> {
         let need = self.need(whole);
         let total = need.weights.saturating_add(need.kv).saturating_add(need.compute * (fewest as u64 - 1));
         if total > room {
-            return format!("{few} would be too few: at most {} may be used there, and {} is needed.",
-                human_bytes(room), human_bytes(total));
+            return format!(
+                "{few} would be too few: at most {} may be used there, and {} is needed.",
+                human_bytes(room),
+                human_bytes(total)
+            );
         }
         format!("{few} would be too few: the sum would do, but no cut leaves each what it can hold.")
     }
@@ -129,14 +132,23 @@ impl Desk<'_> {
         if stages < 2 || equal.len() < stages as usize || same {
             return None;
         }
-        let placed: Vec<_> = pipeline.stages.iter().zip(&equal).map(|(s, &layers)| {
-            let mut stage = s.clone();
-            (stage.layers, stage.need) = (layers, self.need(layers));
-            stage
-        }).collect();
+        let placed: Vec<_> = pipeline
+            .stages
+            .iter()
+            .zip(&equal)
+            .map(|(s, &layers)| {
+                let mut stage = s.clone();
+                (stage.layers, stage.need) = (layers, self.need(layers));
+                stage
+            })
+            .collect();
         if let Some(full) = placed.iter().find(|s| s.need.total() > s.usable_bytes) {
-            return Some(format!("Equal numbers of layers do not fit: {} would need {} of {}.",
-                full.machine, human_bytes(full.need.total()), human_bytes(full.usable_bytes)));
+            return Some(format!(
+                "Equal numbers of layers do not fit: {} would need {} of {}.",
+                full.machine,
+                human_bytes(full.need.total()),
+                human_bytes(full.usable_bytes)
+            ));
         }
         if let Some(bad) = equal.iter().find(|r| !self.may(**r)) {
             return Some(format!("Equal numbers of layers are not allowed: {bad} cannot be a stage."));
@@ -170,8 +182,7 @@ impl Desk<'_> {
         };
         let change = |then: Speeds| {
             let decode = percent(self.wanted(&then), self.wanted(&now), "tokens per second");
-            let prompt =
-                percent(then.prompt_tokens_per_s, now.prompt_tokens_per_s, "tokens of a prompt per second");
+            let prompt = percent(then.prompt_tokens_per_s, now.prompt_tokens_per_s, "tokens of a prompt per second");
             format!("{decode} and {prompt}")
         };
         let mut lines = Vec::new();

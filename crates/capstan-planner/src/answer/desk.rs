@@ -112,7 +112,7 @@ impl<'a> Desk<'a> {
         self.with_problem(fleet, arrange::fewest)
     }
 
-    fn fits(&self, fleet: &Fleet) -> bool {
+    pub fn fits(&self, fleet: &Fleet) -> bool {
         self.with_problem(fleet, arrange::fits)
     }
 
@@ -153,12 +153,19 @@ impl<'a> Desk<'a> {
         }
     }
 
-    /// The decode speed that the objective is about: of one sequence, or of all slots together.
+    /// Of two decode speeds, of one sequence and of all slots together, that which the objective is about.
     pub fn wanted(&self, speeds: &Speeds) -> f64 {
         match self.question.objective {
             Objective::Latency => speeds.alone_tokens_per_s,
             _ => speeds.all_tokens_per_s,
         }
+    }
+
+    /// The decode speed that the objective is about, with the best arrangement over some machines.
+    pub fn decode_speed(&self, fleet: &Fleet) -> Option<f64> {
+        let sequences = if self.question.objective == Objective::Latency { 1 } else { self.question.slots };
+        let decode = |p: &Pipeline| p.decode(Wiring::Capstan, sequences, self.depth_tokens()).tokens_per_s;
+        self.with_pipeline(fleet, decode)
     }
 
     /// The longest context that fits, up to what the model was trained with; 0 when none does.

@@ -34,6 +34,9 @@ impl Desk<'_> {
             human_bytes(usable),
             count(fleet.len(), "machine"),
         )];
+        if fleet.unsettled().is_some_and(|free| self.fits(&free)) {
+            lines.push("It would fit if no machine were pinned or excluded.".to_owned());
+        }
         let reason = self.whole_only();
         if let Some(reason) = &reason {
             lines.push(format!("It cannot be split: {reason}."));
@@ -123,12 +126,8 @@ impl Desk<'_> {
             ));
         }
         let read: u64 = work.iter().map(|w| w.weight_bytes).fold(0, u64::saturating_add);
-        let weights_s: f64 = pipeline
-            .stages
-            .iter()
-            .zip(&work)
-            .map(|(s, w)| w.weight_bytes as f64 / s.rates.weight_bytes_per_s)
-            .sum();
+        let weights_s: f64 =
+            pipeline.stages.iter().zip(&work).map(|(s, w)| w.weight_bytes as f64 / s.rates.weight_bytes_per_s).sum();
         let (share, what) = (weights_s / (sum + hops).max(f64::MIN_POSITIVE), human_bytes(read));
         let limit = match (share, hops / (sum + hops).max(f64::MIN_POSITIVE)) {
             (_, on_the_way) if on_the_way > 0.5 => "the links",

@@ -141,6 +141,13 @@ impl Fleet {
         self.with_wish(place, Wish::Unused)
     }
 
+    /// With nothing settled; none where nothing is.
+    pub fn unsettled(&self) -> Option<Self> {
+        let mut free = self.clone();
+        free.wishes.fill(None);
+        self.wishes.iter().any(Option::is_some).then(|| free.grouped())
+    }
+
     /// With one more machine of a kind that must be used, where there is one left.
     pub fn forced(&self, kind: usize, used: usize) -> Option<Self> {
         let mut forced = self.clone();

@@ -1,11 +1,11 @@
 //! The search where links are all alike: which machine came last does not matter, only how many of each kind did.
 use std::ops::{Range, RangeInclusive};
 
-use super::{Arrangement, ROUNDING};
 use super::grid::Grid;
 use super::reach;
 use super::rest::Rest;
 use super::search::{Goal, Search, Stage, Step};
+use super::{Arrangement, ROUNDING};
 
 impl Search<'_> {
     /// The shortest way through stages that take no longer than `cap`, if it is shorter than that of the guess or hardly

@@ -129,15 +129,14 @@ impl Search<'_> {
             return None;
         }
         // The machine before this one, for a prefix of this length.
-        let source = |i: usize, l: usize| self.given.ending(l).map(|(k, _)| k).or_else(|| Some(order[i.checked_sub(1)?]));
+        let source =
+            |i: usize, l: usize| self.given.ending(l).map(|(k, _)| k).or_else(|| Some(order[i.checked_sub(1)?]));
         let hop = |from: Option<usize>, to: usize| match from {
             Some(from) if self.hop_exceeds(from, to, cap) => None,
             from => Some(from.map_or(0.0, |from| self.hop(goal, from, to))),
         };
         let bridge = |i: usize, row: &mut [f64]| {
-            self.given.bridge(goal, row, |(k, a, b)| {
-                Some(goal.join(hop(source(i, a), k)?, self.stage_s(k, a, b)))
-            });
+            self.given.bridge(goal, row, |(k, a, b)| Some(goal.join(hop(source(i, a), k)?, self.stage_s(k, a, b))));
         };
         let (mut rows, mut queue) = (Vec::with_capacity(used + 1), Vec::new());
         let mut row = vec![f64::INFINITY; n + 1];

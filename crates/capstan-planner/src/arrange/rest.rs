@@ -108,7 +108,8 @@ impl Prices<'_> {
                 best = (bound, self.price_s.clone(), gain_s.clone());
                 since = 0;
             }
-            let steps: f64 = held.iter().zip(&self.free).filter(|(_, f)| **f).map(|(h, _)| f64::from(1 - h).powi(2)).sum();
+            let steps: f64 =
+                held.iter().zip(&self.free).filter(|(_, f)| **f).map(|(h, _)| f64::from(1 - h).powi(2)).sum();
             if steps == 0.0 || bound >= goal_s {
                 break;
             }

@@ -159,7 +159,8 @@ pub async fn plan(config: &Config, args: &PlanArgs, json: bool) -> Result<ExitCo
     }
     match answered {
         Ok(answer) => {
-            let fitting = Fitting { answer: &answer, notes: &notes, machines: question.machines, links: question.links };
+            let fitting =
+                Fitting { answer: &answer, notes: &notes, machines: question.machines, links: question.links };
             show(&fitting, args.target_tps.zip(reached.as_deref()), args.svg.as_deref(), json)?;
             Ok(ExitCode::SUCCESS)
         }

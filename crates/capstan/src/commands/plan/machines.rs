@@ -137,7 +137,10 @@ fn places(machines: &[Machine], name: &str) -> Result<Vec<usize>> {
     }
     let mut names: Vec<&str> = machines.iter().map(|m| m.name.as_str()).collect();
     names.dedup();
-    bail!("{name:?} is none of the machines: {}; write a name as it stands there, or #2 for the second", names.join(", "))
+    bail!(
+        "{name:?} is none of the machines: {}; write a name as it stands there, or #2 for the second",
+        names.join(", ")
+    )
 }
 
 #[cfg(test)]

@@ -55,8 +55,12 @@ pub async fn find(text: &str) -> Result<Known> {
         ModelName::File(path) => match models::find(text) {
             Ok((model, quantisation)) => Ok(Known::Catalogue(model, quantisation)),
             Err(_) if path.is_dir() => bail!("{text} is a folder; name the GGUF file in it"),
-            Err(_) if text.ends_with(".gguf") => bail!("there is no file {text}; name a GGUF file, of a split model the first"),
-            Err(unknown) => Err(anyhow!("{unknown}; nor is there a file of that name (`capstan plan --list` shows all)")),
+            Err(_) if text.ends_with(".gguf") => {
+                bail!("there is no file {text}; name a GGUF file, of a split model the first")
+            }
+            Err(unknown) => {
+                Err(anyhow!("{unknown}; nor is there a file of that name (`capstan plan --list` shows all)"))
+            }
         },
         elsewhere => fetch(&elsewhere).await,
     }
