@@ -331,6 +331,8 @@ fn by_machines(desk: &Desk, fleet: &Fleet, fewest: usize) -> Vec<(usize, f64)> {
 pub struct Target {
     /// The kind.
     pub machine: String,
+    /// Of so many sequences together.
+    pub sequences: u32,
     /// The fewest that reach it, and what they reach; none when no number does.
     pub enough: Option<(usize, f64)>,
     /// The number that reaches most, and how much; none when no number holds the model.
@@ -352,17 +354,18 @@ pub fn targets(question: &Question, tokens_per_s: f64) -> Result<Vec<Target>, Un
 
 fn target(question: &Question, machine: &Machine, tokens_per_s: f64) -> Target {
     let desk = Desk::new(&Question { wishes: &[], ..*question });
-    let mut most: Option<(usize, f64)> = None;
+    let mut target = Target { machine: machine.name.clone(), sequences: desk.sequences(), enough: None, most: None };
     for n in 1..=MACHINES_MAX {
         let Some(speed) = desk.decode_speed(&Fleet::same(machine, n, question.links.usual)) else { continue };
-        if most.is_none_or(|m| speed > m.1) {
-            most = Some((n, speed));
+        if target.most.is_none_or(|m| speed > m.1) {
+            target.most = Some((n, speed));
         }
         if speed >= tokens_per_s {
-            return Target { machine: machine.name.clone(), enough: most, most };
+            target.enough = Some((n, speed));
+            break;
         }
     }
-    Target { machine: machine.name.clone(), enough: None, most }
+    target
 }
 
 /// The fewest machines of the first kind in the list with which one sequence, or all slots together where that is wanted,

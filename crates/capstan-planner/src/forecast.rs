@@ -20,7 +20,7 @@ pub const DEPTH_TOKENS: [u64; 4] = [0, 4096, 32_768, 131_072];
 pub const SEQUENCES: [u32; 5] = [1, 2, 4, 8, 16];
 /// Sizes of chunks that are tried; those above the micro-batch's limit are not.
 pub(crate) const CHUNK_ROWS: [u32; 6] = [64, 128, 256, 512, 1024, 2048];
-/// Rows that plain RPC computes at once: llama.cpp's default.
+/// Rows that plain RPC computes at once: llama.cpp's default, whatever Capstan takes.
 const RPC_CHUNK_ROWS: u32 = 512;
 /// What each remote node adds to a step of llama.cpp's RPC, in seconds: the graph is sent and read anew, and results pass
 /// through the first machine. gpt-oss-120b decodes at 33.6 tok/s on one Ryzen AI Max+ 395 and at 21.6 on four, which is
@@ -234,7 +234,7 @@ impl Pipeline<'_> {
             FirstToken { prompt_tokens, seconds, tokens_per_s: f64::from(prompt_tokens) / seconds, chunk_rows }
         };
         if wiring == Wiring::PlainRpc {
-            return of(RPC_CHUNK_ROWS.min(ubatch.max(1)));
+            return of(RPC_CHUNK_ROWS);
         }
         let sizes = CHUNK_ROWS.into_iter().filter(|&rows| rows <= ubatch);
         let best = sizes.map(of).min_by(|a, b| a.seconds.total_cmp(&b.seconds));

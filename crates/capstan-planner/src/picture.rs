@@ -7,8 +7,8 @@ use crate::answer::Answer;
 use crate::human_bytes;
 
 /// Width of the picture, of names at its left, and of the part of it that shows layers and memory.
-const WIDTH: f64 = 960.0;
-const LEFT: f64 = 250.0;
+const WIDTH: f64 = 1020.0;
+const LEFT: f64 = 280.0;
 const BAR: f64 = 560.0;
 /// Heights of the strip of layers and of a machine's row.
 const STRIP: f64 = 28.0;

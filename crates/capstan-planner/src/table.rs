@@ -47,15 +47,16 @@ pub fn table(answer: &Answer) -> String {
 pub fn targets(targets: &[Target], tokens_per_s: f64) -> String {
     let mut out = String::new();
     for t in targets {
+        let of = if t.sequences == 1 { String::new() } else { format!(" of {} sequences together", t.sequences) };
         let most = match t.most {
             Some((n, speed)) => format!("the most is {speed:.1}, with {n}"),
             None => "no number of them holds the model".to_owned(),
         };
         let line = match t.enough {
             Some((n, speed)) => {
-                format!("{tokens_per_s} tokens per second take {n} of {}, which would reach {speed:.1}.", t.machine)
+                format!("{tokens_per_s} tokens per second{of} take {n} of {}, which would reach {speed:.1}.", t.machine)
             }
-            None => format!("No number of {} reaches {tokens_per_s} tokens per second: {most}.", t.machine),
+            None => format!("No number of {} reaches {tokens_per_s} tokens per second{of}: {most}.", t.machine),
         };
         wrap(&mut out, "", &line);
     }

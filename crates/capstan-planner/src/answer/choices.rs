@@ -81,9 +81,9 @@ impl Desk<'_> {
         if fewest > 1 {
             lines.push(self.too_few(fleet, fewest));
         }
-        for kind in (0..fleet.kinds()).take(KINDS_MAX) {
-            let used = found.stages.iter().filter(|s| s.0 == kind).count();
-            let Some(forced) = fleet.forced(kind, used) else { continue };
+        let used = |kind: usize| found.stages.iter().filter(|s| s.0 == kind).count();
+        let forced = (0..fleet.kinds()).filter_map(|kind| Some((kind, fleet.forced(kind, used(kind))?)));
+        for (kind, forced) in forced.take(KINDS_MAX) {
             let name = &fleet.machine(kind).name;
             lines.push(match self.arrange(&forced) {
                 None => format!("One more {name} finds no layers beside the others."),

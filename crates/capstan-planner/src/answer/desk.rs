@@ -161,10 +161,14 @@ impl<'a> Desk<'a> {
         }
     }
 
+    /// How many sequences that speed is of.
+    pub fn sequences(&self) -> u32 {
+        if self.question.objective == Objective::Latency { 1 } else { self.question.slots }
+    }
+
     /// The decode speed that the objective is about, with the best arrangement over some machines.
     pub fn decode_speed(&self, fleet: &Fleet) -> Option<f64> {
-        let sequences = if self.question.objective == Objective::Latency { 1 } else { self.question.slots };
-        let decode = |p: &Pipeline| p.decode(Wiring::Capstan, sequences, self.depth_tokens()).tokens_per_s;
+        let decode = |p: &Pipeline| p.decode(Wiring::Capstan, self.sequences(), self.depth_tokens()).tokens_per_s;
         self.with_pipeline(fleet, decode)
     }
 

@@ -88,6 +88,7 @@ impl Desk<'_> {
         let (used, all) = (found.stages.len(), fleet.len());
         let mut lines = vec![match (used, all) {
             (1, 1) => "The model runs whole on the machine.".to_owned(),
+            (2, 2) => "Both machines are used.".to_owned(),
             (1, _) => format!("One machine of {all} is best: every further stage would add a hop to each token."),
             _ if used < all && self.question.objective == Objective::Throughput => {
                 format!("{used} of {all} machines are used: the others would not make the slowest stage faster.")
