@@ -1,26 +1,31 @@
 //! How many machines, and how fast: the whole answer, in figures and in sentences.
+//!
+//! | module | idea |
+//! |---|---|
+//! | `fleet` | machines grouped into kinds that nothing tells apart |
+//! | `desk` | what is reckoned with a question, whatever the machines |
+//! | `explain` | why it is so, and what each machine does for a token |
+//! | `choices` | what other choices would bring, and what was rejected |
 use capstan_gguf::{Model, ModelProfile};
 use capstan_proto::{LayerRange, limits};
 use serde::Serialize;
 
-use crate::arrange::{Arrangement, Hops, Kind, Objective, Problem, arrange, fewest};
-use crate::cost::{Need, Sizes};
-use crate::forecast::{Forecast, Pipeline, Placed, Wiring};
-use crate::human_bytes;
-use crate::links::{Link, Links};
+use self::desk::Desk;
+use self::fleet::Fleet;
+use crate::arrange::Objective;
+use crate::forecast::{CHUNK_ROWS, Forecast, PROMPT_TOKENS, Pipeline, Placed, Wiring};
+use crate::links::Links;
 use crate::machines::{MACHINES_MAX, Machine};
 use crate::models::KnownModel;
 use crate::quant::Quantisation;
-use crate::timing::{Batch, Times, hidden_bytes, hop_s};
 
-/// Depth for which layers are dealt out: a conversation of some length.
-const TYPICAL_DEPTH_TOKENS: u64 = 4096;
-/// Prompt by which prefill is compared.
-const TYPICAL_PROMPT_TOKENS: u32 = 2048;
-/// How much faster the link is in "what a faster link would bring".
-const FASTER_LINK: f64 = 10.0;
-/// Contexts are tried in steps of this: llama.cpp rounds up to it.
-const CTX_STEP: u32 = 256;
+mod choices;
+mod desk;
+mod explain;
+mod fleet;
+
+/// So much faster prompts must come in for larger micro-batches, which take memory, to be worth it.
+const WORTHWHILE: f64 = 0.01;
 
 /// A model to plan for.
 pub struct Subject<'a> {
@@ -60,6 +65,18 @@ impl<'a> Subject<'a> {
     }
 }
 
+/// What is settled about a machine before layers are dealt out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Wish {
+    /// It holds exactly these layers.
+    Holds(LayerRange),
+    /// It holds some layers.
+    Used,
+    /// It holds none.
+    Unused,
+}
+
 /// What is asked.
 #[derive(Clone, Copy)]
 pub struct Question<'a> {
@@ -79,6 +96,8 @@ pub struct Question<'a> {
     pub headroom_bytes: u64,
     /// What is wanted.
     pub objective: Objective,
+    /// What is settled about machines, by their places in the list; at most one wish each.
+    pub wishes: &'a [(usize, Wish)],
 }
 
 /// Why there is no placement.
@@ -90,17 +109,70 @@ pub enum Unfit {
     /// Not a model.
     #[error("the model has {0} layers; 1 to {max} can be placed", max = limits::LAYERS_MAX)]
     Layers(usize),
-    /// Nothing to serve.
-    #[error("a context of {ctx} tokens for {slots} slots cannot be planned for; ask for at least one of each")]
+    /// Nothing to serve, or more than can be.
+    #[error(
+        "a context of {ctx} tokens for {slots} slots in micro-batches of {ubatch} rows cannot be planned for; ask for at \
+         least one of each, at most {max} slots and {rows} rows", max = limits::SLOTS_MAX, rows = limits::ROWS_MAX
+    )]
     Nothing {
         /// Tokens a slot holds.
         ctx: u32,
         /// Slots.
         slots: u32,
+        /// Rows of a micro-batch.
+        ubatch: u32,
     },
+    /// What is settled about machines cannot be.
+    #[error("{0}")]
+    Wish(String),
     /// Too little memory.
     #[error("{}", .0.join(" "))]
     Memory(Vec<String>),
+}
+
+/// Tokens per second.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Speeds {
+    /// Machines that are used.
+    pub machines: usize,
+    /// Of one sequence that is alone.
+    pub alone_tokens_per_s: f64,
+    /// Of all slots together.
+    pub all_tokens_per_s: f64,
+    /// Of a prompt of usual length, until the first token of the answer.
+    pub prompt_tokens_per_s: f64,
+}
+
+/// Another choice, and what it would bring.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Choice {
+    /// What is chosen: `machines`, `link`, `objective`, `context`, `slots` or `ubatch`.
+    pub of: &'static str,
+    /// How, for people.
+    pub what: String,
+    /// How fast it would be; none when it does not fit.
+    pub speeds: Option<Speeds>,
+}
+
+/// What a machine does for one step of decoding.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct StageWork {
+    /// Which.
+    pub machine: String,
+    /// Layers `start..end`.
+    pub layers: String,
+    /// Sequences that are computed at once.
+    pub rows: u32,
+    /// Weights it reads, in bytes.
+    pub weight_bytes: u64,
+    /// KV cache and state it reads and writes, in bytes.
+    pub kv_bytes: u64,
+    /// How long it computes.
+    pub compute_s: f64,
+    /// How long what it sends is on its way.
+    pub hop_s: f64,
+    /// What it sends, in bytes.
+    pub sent_bytes: u64,
 }
 
 /// The answer.
@@ -108,8 +180,20 @@ pub enum Unfit {
 pub struct Answer {
     /// The model.
     pub model: String,
+    /// Where its numbers are from.
+    pub sources: Vec<String>,
+    /// What was wanted.
+    pub objective: Objective,
+    /// Tokens a slot holds.
+    pub ctx: u32,
+    /// Sequences at once.
+    pub slots: u32,
+    /// Most rows of a micro-batch.
+    pub ubatch: u32,
     /// Layers of each stage in pipeline order, and the place of its machine in the list.
     pub stages: Vec<(usize, String)>,
+    /// What each stage does for one step of decoding.
+    pub work: Vec<StageWork>,
     /// What Capstan would do.
     pub forecast: Forecast,
     /// What llama.cpp's RPC would do with the same machines and layers.
@@ -118,16 +202,72 @@ pub struct Answer {
     pub fewest: usize,
     /// The longest context of a slot that these machines can hold, in tokens.
     pub ctx_max: u32,
-    /// Tokens per second of one sequence by number of machines, where all are alike; one more than there are comes last.
+    /// The most slots of that context which they can hold.
+    pub slots_max: u32,
+    /// Tokens per second by number of machines, where all are alike; one more than there are comes last.
     pub by_machines: Vec<(usize, f64)>,
+    /// What other choices would bring.
+    pub choices: Vec<Choice>,
     /// Whether nothing better exists.
     pub exact: bool,
     /// In sentences.
     pub explanation: Vec<String>,
+    /// What was not chosen, and why, in sentences.
+    pub rejected: Vec<String>,
 }
 
 /// Answers.
 pub fn answer(question: &Question) -> Result<Answer, Unfit> {
+    check(question)?;
+    let desk = Desk::new(question);
+    let fleet = fleet(question);
+    let found = desk.arrange(&fleet).ok_or_else(|| Unfit::Memory(desk.why_not(&fleet)))?;
+    let placed = desk.place(&fleet, &found);
+    let ring = fleet.ring(&found);
+    let pipeline = Pipeline { profile: desk.profile(), stages: &placed, ring: &ring };
+    let ctx_max = desk.ctx_max(&fleet).max(question.ctx);
+    let slots_max = desk.slots_max(&fleet).max(question.slots);
+    // Speeds are forecast as far as the machines can hold; the memory is that of the context that was asked for.
+    let of = |wiring| pipeline.forecast(wiring, ctx_max, question.slots, question.ubatch);
+    let fewest = desk.fewest(&fleet).unwrap_or(found.stages.len());
+    let layers = found.stages.iter().map(|(_, layers)| layers.to_string());
+    Ok(Answer {
+        model: question.subject.name.clone(),
+        sources: question.subject.sources.clone(),
+        objective: question.objective,
+        ctx: question.ctx,
+        slots: question.slots,
+        ubatch: question.ubatch,
+        stages: fleet.places(&found).into_iter().zip(layers).collect(),
+        work: desk.work(&pipeline),
+        forecast: of(Wiring::Capstan),
+        plain_rpc: of(Wiring::PlainRpc),
+        fewest,
+        ctx_max,
+        slots_max,
+        by_machines: by_machines(&desk, &fleet, fewest),
+        choices: desk.choices(&fleet, &found, &desk.speeds_of(&pipeline, desk.depth_tokens()), (ctx_max, slots_max)),
+        exact: found.exact,
+        explanation: desk.explain(&fleet, &found, &pipeline, fewest),
+        rejected: desk.rejected(&fleet, &found, &pipeline, fewest),
+    })
+}
+
+/// Where the layers go, and nothing else; none when they do not fit.
+pub fn place(question: &Question) -> Result<Option<Vec<Placed>>, Unfit> {
+    check(question)?;
+    let (desk, fleet) = (Desk::new(question), fleet(question));
+    Ok(desk.arrange(&fleet).map(|found| desk.place(&fleet, &found)))
+}
+
+/// The machines less what is kept free on each.
+fn fleet(question: &Question) -> Fleet {
+    let keep =
+        |m: &Machine| Machine { usable_bytes: m.usable_bytes.saturating_sub(question.headroom_bytes), ..m.clone() };
+    Fleet::of(question.machines.iter().map(keep).collect(), question.links, question.wishes)
+}
+
+fn check(question: &Question) -> Result<(), Unfit> {
     let n = question.subject.profile.layers.len();
     if question.machines.is_empty() || question.machines.len() > MACHINES_MAX {
         return Err(Unfit::Machines(question.machines.len()));
@@ -135,434 +275,130 @@ pub fn answer(question: &Question) -> Result<Answer, Unfit> {
     if n == 0 || n > limits::LAYERS_MAX as usize {
         return Err(Unfit::Layers(n));
     }
-    if question.ctx == 0 || question.slots == 0 || question.ubatch == 0 {
-        return Err(Unfit::Nothing { ctx: question.ctx, slots: question.slots });
+    let &Question { ctx, slots, ubatch, .. } = question;
+    if ctx == 0 || !(1..=limits::SLOTS_MAX).contains(&slots) || !(1..=limits::ROWS_MAX as u32).contains(&ubatch) {
+        return Err(Unfit::Nothing { ctx, slots, ubatch });
     }
-    let desk = Desk::new(question);
-    let keep =
-        |m: &Machine| Machine { usable_bytes: m.usable_bytes.saturating_sub(question.headroom_bytes), ..m.clone() };
-    let fleet = Fleet::of(&question.machines.iter().map(keep).collect::<Vec<_>>(), question.links);
-    let found = desk.arrange(&fleet).ok_or_else(|| Unfit::Memory(desk.why_not(&fleet)))?;
-    let placed = desk.place(&fleet, &found);
-    let ring = fleet.ring(&found);
-    let pipeline = Pipeline { profile: desk.profile(), stages: &placed, ring: &ring };
-    let of = |wiring| pipeline.forecast(wiring, question.ctx, question.slots, question.ubatch);
-    let fewest = desk.fewest(&fleet).unwrap_or(found.stages.len());
-    let by_machines = desk.by_machines(&fleet, fewest);
-    Ok(Answer {
-        model: question.subject.name.clone(),
-        stages: fleet.named(&found),
-        forecast: of(Wiring::Capstan),
-        plain_rpc: of(Wiring::PlainRpc),
-        fewest,
-        ctx_max: desk.ctx_max(&fleet),
-        exact: found.exact,
-        explanation: desk.explain(&fleet, &found, &pipeline, fewest),
-        by_machines,
-    })
+    check_wishes(question, n as u32).map_err(Unfit::Wish)
 }
 
-/// The fewest machines of the first kind in the list with which one sequence reaches so many tokens per second, and how
-/// many it then reaches; none when no number of them does.
+fn check_wishes(question: &Question, n: u32) -> Result<(), String> {
+    let (machines, wishes) = (question.machines, question.wishes);
+    let mut held: Vec<(LayerRange, &str)> = Vec::new();
+    for (i, &(place, wish)) in wishes.iter().enumerate() {
+        let Some(machine) = machines.get(place) else {
+            return Err(format!("there is no machine no. {}: {} were named", place + 1, machines.len()));
+        };
+        if wishes[..i].iter().any(|w| w.0 == place) {
+            return Err(format!("{} is pinned or excluded twice; say it once", machine.name));
+        }
+        let Wish::Holds(layers) = wish else { continue };
+        if layers.end() > n {
+            return Err(format!("layers {layers} are pinned to {}, but the model has {n} layers", machine.name));
+        }
+        if let Some(why) = (question.subject.window_problem)(layers).filter(|_| layers.count() < n) {
+            return Err(format!("layers {layers} cannot be pinned to {}: {why}", machine.name));
+        }
+        let crosses = |&&(other, _): &&(LayerRange, &str)| other.start() < layers.end() && layers.start() < other.end();
+        if let Some((other, name)) = held.iter().find(crosses) {
+            return Err(format!("layers {layers} are pinned to {}, and {other} to {name}: they overlap", machine.name));
+        }
+        held.push((layers, &machine.name));
+    }
+    let unused = wishes.iter().filter(|w| w.1 == Wish::Unused).count();
+    if unused == machines.len() {
+        return Err("every machine is excluded; leave at least one".to_owned());
+    }
+    Ok(())
+}
+
+/// Tokens per second with each number of machines, where all are alike.
+fn by_machines(desk: &Desk, fleet: &Fleet, fewest: usize) -> Vec<(usize, f64)> {
+    if !fleet.is_uniform() {
+        return Vec::new();
+    }
+    let all = fleet.len();
+    let speed = |fleet: &Fleet| desk.decode_speed(fleet);
+    let mut speeds: Vec<_> = (fewest..=all).filter_map(|n| Some((n, speed(&fleet.first(n))?))).collect();
+    if all < MACHINES_MAX {
+        speeds.extend(speed(&fleet.with_another(0)).map(|s| (all + 1, s)));
+    }
+    speeds
+}
+
+/// How many machines of a kind reach a speed.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Target {
+    /// The kind.
+    pub machine: String,
+    /// Of so many sequences together.
+    pub sequences: u32,
+    /// The fewest that reach it, and what they reach; none when no number does.
+    pub enough: Option<(usize, f64)>,
+    /// The number that reaches most, and how much; none when no number holds the model.
+    pub most: Option<(usize, f64)>,
+}
+
+/// For each kind of machine in the list, how many reach so many tokens per second: of one sequence for `latency`, of all
+/// slots together else.
+pub fn targets(question: &Question, tokens_per_s: f64) -> Result<Vec<Target>, Unfit> {
+    check(question)?;
+    let mut kinds: Vec<Machine> = Vec::new();
+    for machine in fleet(question).usable() {
+        if !kinds.contains(machine) {
+            kinds.push(machine.clone());
+        }
+    }
+    Ok(kinds.iter().map(|machine| target(question, machine, tokens_per_s)).collect())
+}
+
+fn target(question: &Question, machine: &Machine, tokens_per_s: f64) -> Target {
+    let desk = Desk::new(&Question { wishes: &[], ..*question });
+    let mut target = Target { machine: machine.name.clone(), sequences: desk.sequences(), enough: None, most: None };
+    for n in 1..=MACHINES_MAX {
+        let Some(speed) = desk.decode_speed(&Fleet::same(machine, n, question.links.usual)) else { continue };
+        if target.most.is_none_or(|m| speed > m.1) {
+            target.most = Some((n, speed));
+        }
+        if speed >= tokens_per_s {
+            target.enough = Some((n, speed));
+            break;
+        }
+    }
+    target
+}
+
+/// The fewest machines of the first kind in the list with which one sequence, or all slots together where that is wanted,
+/// reach so many tokens per second, and how many they then reach; none when no number of them does.
 pub fn machines_for(question: &Question, tokens_per_s: f64) -> Option<(usize, f64)> {
-    let machine = question.machines.first()?;
-    let desk = Desk::new(question);
-    let links = Links::all(question.links.usual);
-    let speed = |n: usize| Some((n, desk.speed(&Fleet::of(&vec![machine.clone(); n], &links))?));
-    (1..=MACHINES_MAX).filter_map(speed).find(|(_, reached)| *reached >= tokens_per_s)
+    target(question, question.machines.first()?, tokens_per_s).enough
 }
 
-/// Machines grouped into kinds that nothing tells apart, links included.
-#[derive(Clone)]
-struct Fleet {
-    machines: Vec<Machine>,
-    /// Of each kind, the places of its machines in the list.
-    members: Vec<Vec<usize>>,
-    links: Links,
+/// The fewest machines of the first kind in the list that hold the model; none when no number of them does.
+pub fn fewest_of(question: &Question) -> Option<usize> {
+    check(question).ok()?;
+    let machine = fleet(question).usable().next()?.clone();
+    Desk::new(question).fewest(&Fleet::same(&machine, MACHINES_MAX, question.links.usual))
 }
 
-impl Fleet {
-    fn of(machines: &[Machine], links: &Links) -> Self {
-        let same_links = |a: usize, b: usize| {
-            (0..machines.len()).filter(|&c| c != a && c != b).all(|c| links.between(a, c) == links.between(b, c))
+/// The size of micro-batches with which prompts of all listed lengths that a slot holds are through soonest, the smallest
+/// among those that are about as good. None when the model fits with none.
+pub fn best_ubatch(question: &Question) -> Option<u32> {
+    check(question).ok()?;
+    let (desk, fleet) = (Desk::new(question), fleet(question));
+    let fits = |tokens: &u32| *tokens < question.ctx;
+    let prompts: Vec<u32> = PROMPT_TOKENS.into_iter().filter(fits).collect();
+    let mut best: Option<(u32, f64)> = None;
+    for ubatch in CHUNK_ROWS {
+        // The mean of how much faster it is counts, so that long prompts do not drown short ones.
+        let score = |p: &Pipeline| -> f64 {
+            prompts.iter().map(|&tokens| p.first_token(Wiring::Capstan, tokens, ubatch).tokens_per_s.ln()).sum()
         };
-        let alike = |a: usize, b: usize| machines[a] == machines[b] && (links.between.is_empty() || same_links(a, b));
-        let mut members: Vec<Vec<usize>> = Vec::new();
-        for i in 0..machines.len() {
-            match members.iter_mut().find(|m| alike(m[0], i)) {
-                Some(kind) => kind.push(i),
-                None => members.push(vec![i]),
-            }
-        }
-        Self { machines: machines.to_vec(), members, links: links.clone() }
-    }
-
-    fn machine(&self, kind: usize) -> &Machine {
-        &self.machines[self.members[kind][0]]
-    }
-
-    /// Between a machine of one kind and another of a kind.
-    fn link(&self, a: usize, b: usize) -> Link {
-        let second = if a == b { self.members[b].get(1) } else { self.members[b].first() };
-        second.map_or(self.links.usual, |&s| self.links.between(self.members[a][0], s))
-    }
-
-    /// From each stage to the next, the last one's to the first.
-    fn ring(&self, found: &Arrangement) -> Vec<Link> {
-        let n = found.stages.len();
-        (0..n).map(|i| self.link(found.stages[i].0, found.stages[(i + 1) % n].0)).collect()
-    }
-
-    fn named(&self, found: &Arrangement) -> Vec<(usize, String)> {
-        let mut used = vec![0; self.members.len()];
-        let place = |&(kind, range): &(usize, LayerRange)| {
-            used[kind] += 1;
-            (self.members[kind][used[kind] - 1], range.to_string())
-        };
-        found.stages.iter().map(place).collect()
-    }
-
-    /// One more machine of a kind, over the usual link.
-    fn with_another(&self, kind: usize) -> Self {
-        let mut machines = self.machines.clone();
-        machines.push(self.machine(kind).clone());
-        Self::of(&machines, &self.links)
-    }
-
-    fn first(&self, n: usize) -> Self {
-        Self::of(&self.machines[..n], &self.links)
-    }
-}
-
-/// Everything about the question that does not depend on the machines.
-struct Desk<'a> {
-    question: &'a Question<'a>,
-    sizes: Sizes,
-    allowed: Vec<bool>,
-}
-
-impl<'a> Desk<'a> {
-    fn new(question: &'a Question<'a>) -> Self {
-        let n = question.subject.profile.layers.len() as u32;
-        let ok = |a, b| {
-            LayerRange::new(a, b).is_ok_and(|r| r.count() == n || (question.subject.window_problem)(r).is_none())
-        };
-        let allowed = (0..=n).flat_map(|a| (0..=n).map(move |b| (a, b))).map(|(a, b)| ok(a, b)).collect();
-        Self { question, sizes: Sizes::of(&question.subject.profile), allowed }
-    }
-
-    fn profile(&self) -> &'a ModelProfile {
-        &self.question.subject.profile
-    }
-
-    fn need_at(&self, range: LayerRange, ctx: u32) -> Need {
-        self.sizes.need(range, ctx, self.question.slots, self.question.ubatch)
-    }
-
-    fn need(&self, range: LayerRange) -> Need {
-        self.need_at(range, self.question.ctx)
-    }
-
-    fn whole(&self) -> Option<LayerRange> {
-        LayerRange::new(0, self.sizes.layers()).ok()
-    }
-
-    /// The micro-batch for which layers are dealt out.
-    fn batch(&self, machines: usize) -> Batch {
-        let depth_tokens = TYPICAL_DEPTH_TOKENS.min(u64::from(self.question.ctx) / 2);
-        let sequences = match self.question.objective {
-            Objective::Latency => 1,
-            _ => self.question.slots.div_ceil(machines.max(1) as u32).max(1),
-        };
-        Batch::Decode { sequences, depth_tokens }
-    }
-
-    fn with_problem<T>(&self, fleet: &Fleet, ctx: u32, of: impl FnOnce(&Problem) -> T) -> T {
-        let batch = self.batch(fleet.machines.len());
-        let kind = |k: usize| {
-            let machine = fleet.machine(k);
-            let times = Times::of(self.profile(), &machine.rates, batch);
-            Kind {
-                count: fleet.members[k].len(),
-                usable_bytes: machine.usable_bytes,
-                layers_s: times.layers_s,
-                head_s: times.head_s,
-            }
-        };
-        let kinds: Vec<_> = (0..fleet.members.len()).map(kind).collect();
-        let bytes = hidden_bytes(self.profile(), batch.rows()) as f64;
-        let each = |of: &dyn Fn(Link) -> f64| -> Vec<Vec<f64>> {
-            (0..kinds.len()).map(|a| (0..kinds.len()).map(|b| of(fleet.link(a, b))).collect()).collect()
-        };
-        let hops = Hops {
-            way_s: each(&|link| hop_s(self.profile(), link, batch.rows())),
-            wire_s: each(&|link| link.wire_s(bytes)),
-        };
-        let width = self.sizes.layers() as usize + 1;
-        let allowed = |r: LayerRange| self.allowed[r.start() as usize * width + r.end() as usize];
-        of(&Problem {
-            layers: self.sizes.layers(),
-            kinds: &kinds,
-            hops: &hops,
-            need_bytes: &|range| self.need_at(range, ctx).total(),
-            allowed: &allowed,
-            objective: self.question.objective,
-        })
-    }
-
-    fn arrange(&self, fleet: &Fleet) -> Option<Arrangement> {
-        self.with_problem(fleet, self.question.ctx, arrange)
-    }
-
-    fn fewest(&self, fleet: &Fleet) -> Option<usize> {
-        self.with_problem(fleet, self.question.ctx, fewest)
-    }
-
-    fn place(&self, fleet: &Fleet, found: &Arrangement) -> Vec<Placed> {
-        let names = fleet.named(found);
-        let stage = |(&(kind, layers), (place, _)): (&(usize, LayerRange), &(usize, String))| {
-            let machine = fleet.machine(kind);
-            let alone = fleet.machines.iter().filter(|m| m.name == machine.name).count() == 1;
-            let machine_name =
-                if alone { machine.name.clone() } else { format!("{} (no. {})", machine.name, place + 1) };
-            Placed {
-                node: *place,
-                machine: machine_name,
-                rates: machine.rates.clone(),
-                usable_bytes: machine.usable_bytes,
-                layers,
-                need: self.need(layers),
-            }
-        };
-        found.stages.iter().zip(&names).map(stage).collect()
-    }
-
-    /// Tokens per second of one sequence, or of all slots where throughput is wanted.
-    fn speed(&self, fleet: &Fleet) -> Option<f64> {
-        self.with_pipeline(fleet, |pipeline| self.speed_of(pipeline))
-    }
-
-    /// What is said of the best arrangement over some machines.
-    fn with_pipeline<T>(&self, fleet: &Fleet, of: impl FnOnce(&Pipeline) -> T) -> Option<T> {
-        let found = self.arrange(fleet)?;
-        let (placed, ring) = (self.place(fleet, &found), fleet.ring(&found));
-        Some(of(&Pipeline { profile: self.profile(), stages: &placed, ring: &ring }))
-    }
-
-    /// Tokens per second, and tokens of a prompt per second until the first token of the answer.
-    fn speeds_of(&self, pipeline: &Pipeline) -> (f64, f64) {
-        let prompt = TYPICAL_PROMPT_TOKENS.min(self.question.ctx);
-        let first = pipeline.first_token(Wiring::Capstan, prompt, self.question.ubatch);
-        (self.speed_of(pipeline), first.tokens_per_s)
-    }
-
-    fn speed_of(&self, pipeline: &Pipeline) -> f64 {
-        let sequences = if self.question.objective == Objective::Latency { 1 } else { self.question.slots };
-        let depth = TYPICAL_DEPTH_TOKENS.min(u64::from(self.question.ctx) / 2);
-        pipeline.decode(Wiring::Capstan, sequences, depth).tokens_per_s
-    }
-
-    fn by_machines(&self, fleet: &Fleet, fewest: usize) -> Vec<(usize, f64)> {
-        if fleet.members.len() > 1 {
-            return Vec::new();
-        }
-        let all = fleet.machines.len();
-        let mut speeds: Vec<_> = (fewest..=all).filter_map(|n| Some((n, self.speed(&fleet.first(n))?))).collect();
-        if all < MACHINES_MAX {
-            speeds.extend(self.speed(&fleet.with_another(0)).map(|s| (all + 1, s)));
-        }
-        speeds
-    }
-
-    fn fits_at(&self, fleet: &Fleet, ctx: u32) -> bool {
-        self.with_problem(fleet, ctx, fewest).is_some()
-    }
-
-    /// The longest context that fits, up to what the model was trained with.
-    fn ctx_max(&self, fleet: &Fleet) -> u32 {
-        let most = self.profile().context_train.max(self.question.ctx);
-        let (mut fits, mut not) = (self.question.ctx / CTX_STEP, most / CTX_STEP + 1);
-        if self.fits_at(fleet, most) {
-            return most;
-        }
-        while not - fits > 1 {
-            let middle = fits + (not - fits) / 2;
-            if self.fits_at(fleet, middle * CTX_STEP) { fits = middle } else { not = middle }
-        }
-        (fits * CTX_STEP).max(self.question.ctx)
-    }
-
-    /// Why the model does not fit, and what would help.
-    fn why_not(&self, fleet: &Fleet) -> Vec<String> {
-        let Some(whole) = self.whole() else { return vec!["The model has no layers.".to_owned()] };
-        let need = self.need(whole);
-        let usable: u64 = fleet.machines.iter().fold(0, |sum, m| sum.saturating_add(m.usable_bytes));
-        let compute = need.compute.saturating_mul(fleet.machines.len() as u64);
-        let total = need.weights.saturating_add(need.kv).saturating_add(compute);
-        let mut lines = vec![format!(
-            "{} does not fit: it needs {} ({} of weights, {} of KV cache for {} slots of {} tokens, {} to compute), and {} \
-             may be used on {} machine{}.",
-            self.question.subject.name,
-            human_bytes(total),
-            human_bytes(need.weights),
-            human_bytes(need.kv),
-            self.question.slots,
-            self.question.ctx,
-            human_bytes(compute),
-            human_bytes(usable),
-            fleet.machines.len(),
-            if fleet.machines.len() == 1 { "" } else { "s" },
-        )];
-        let reason = self.whole_only();
-        if let Some(reason) = &reason {
-            lines.push(format!("It cannot be split: {reason}."));
-        } else if total <= usable {
-            lines.push(
-                "The sum would do, but layers are not divided, and no cut leaves each machine what it can hold.".into(),
-            );
-        }
-        let enough = (0..fleet.members.len()).filter_map(|kind| {
-            let machine = fleet.machine(kind);
-            let one_kind = Fleet::of(&vec![machine.clone(); MACHINES_MAX], &Links::all(fleet.links.usual));
-            Some(format!("{} of {}", self.fewest(&one_kind)?, machine.name))
-        });
-        let enough: Vec<_> = enough.collect();
-        lines.push(match (enough.is_empty(), reason) {
-            (false, _) => format!("It would fit on {}.", enough.join(", or on ")),
-            (true, Some(_)) => "Take a machine with more memory, or a smaller quantisation.".to_owned(),
-            (true, None) => format!("Even {MACHINES_MAX} of these would not do: take machines with more memory each."),
-        });
-        if need.kv > need.weights / 10 {
-            lines.push("A shorter context or fewer slots would save KV cache.".to_owned());
-        }
-        lines
-    }
-
-    /// Why the model cannot be split at all.
-    fn whole_only(&self) -> Option<String> {
-        let n = self.sizes.layers();
-        if n < 2 {
-            return Some("it has a single layer".to_owned());
-        }
-        let width = n as usize + 1;
-        let any = (1..n as usize).any(|cut| self.allowed[cut] && self.allowed[cut * width + n as usize]);
-        if any { None } else { LayerRange::new(0, n / 2).ok().and_then(|r| (self.question.subject.window_problem)(r)) }
-    }
-
-    fn explain(&self, fleet: &Fleet, found: &Arrangement, pipeline: &Pipeline, fewest: usize) -> Vec<String> {
-        let used = found.stages.len();
-        let all = fleet.machines.len();
-        let mut lines = vec![match (used, all) {
-            (1, 1) => "The model runs whole on the machine.".to_owned(),
-            (1, _) => format!("One machine of {all} is best: every further stage would add a hop to each token."),
-            _ if used < all => {
-                format!("{used} of {all} machines are used: with more of them a token would take longer.")
-            }
-            _ => format!("All {all} machines are used."),
-        }];
-        if used < all && self.question.objective == Objective::Throughput {
-            lines.pop();
-            lines.push(format!(
-                "{used} of {all} machines are used: the others would not make the slowest stage faster."
-            ));
-        }
-        lines.push(if fewest == 1 {
-            "One machine can hold the model.".to_owned()
-        } else {
-            format!("At least {fewest} of them are needed to hold the model.")
-        });
-        if !found.exact {
-            lines.push("There are too many orders of so many different machines to try all; this is the best of plausible ones.".into());
-        }
-        self.explain_bottleneck(pipeline, &mut lines);
-        self.explain_more(fleet, pipeline, &mut lines);
-        lines
-    }
-
-    fn explain_bottleneck(&self, pipeline: &Pipeline, lines: &mut Vec<String>) {
-        let batch = self.batch(pipeline.stages.len());
-        let stages = pipeline.stage_s(batch);
-        let Some((i, slowest)) = stages.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)) else { return };
-        let sum: f64 = stages.iter().sum();
-        let hops: f64 = match pipeline.stages.len() {
-            1 => 0.0,
-            _ => pipeline.ring.iter().map(|&link| hop_s(self.profile(), link, batch.rows())).sum(),
-        };
-        let stage = &pipeline.stages[i];
-        if pipeline.stages.len() > 1 {
-            lines.push(format!(
-                "The slowest stage is {} with layers {}: {:.1} ms of {:.1} ms that a token is computed, and {:.1} ms on the way \
-                 between machines.",
-                stage.machine,
-                stage.layers,
-                slowest * 1e3,
-                sum * 1e3,
-                hops * 1e3
-            ));
-        }
-        let active: u64 =
-            self.profile().layers.iter().map(|l| l.active_bytes).sum::<u64>() + self.profile().output_bytes;
-        let read: f64 = pipeline
-            .stages
-            .iter()
-            .map(|s| {
-                let span = s.layers.start() as usize..s.layers.end() as usize;
-                let last = s.layers.end() == self.sizes.layers();
-                let layers: u64 = self.profile().layers[span].iter().map(|l| l.active_bytes).sum();
-                (layers + if last { self.profile().output_bytes } else { 0 }) as f64 / s.rates.weight_bytes_per_s
-            })
-            .sum();
-        lines.push(format!(
-            "A token reads {} of weights, which takes {:.1} ms; the rest is the KV cache at {} tokens and the start of \
-             kernels.",
-            human_bytes(active),
-            read * 1e3,
-            match batch {
-                Batch::Decode { depth_tokens, .. } | Batch::Chunk { depth_tokens, .. } => depth_tokens,
-            }
-        ));
-        if let Some(tight) = pipeline
-            .stages
-            .iter()
-            .min_by_key(|s| s.usable_bytes.saturating_sub(s.need.total()))
-            .filter(|s| s.usable_bytes.saturating_sub(s.need.total()) < s.usable_bytes / 20)
+        if let Some(score) = desk.asking(|q| q.ubatch = ubatch).with_pipeline(&fleet, score)
+            && best.is_none_or(|b| score > b.1 + WORTHWHILE * prompts.len() as f64)
         {
-            lines.push(format!(
-                "{} is nearly full: {} of {}.",
-                tight.machine,
-                human_bytes(tight.need.total()),
-                human_bytes(tight.usable_bytes)
-            ));
+            best = Some((ubatch, score));
         }
     }
-
-    fn explain_more(&self, fleet: &Fleet, pipeline: &Pipeline, lines: &mut Vec<String>) {
-        let now = self.speeds_of(pipeline);
-        let percent = |then: f64, now: f64, what: &str| match then / now - 1.0 {
-            gain if gain >= 0.005 => format!("{:.0} % more {what}", gain * 100.0),
-            gain if gain <= -0.005 => format!("{:.0} % fewer {what}", -gain * 100.0),
-            _ => format!("no more {what}"),
-        };
-        let change = |then: (f64, f64)| {
-            let (decode, prompt) = ("tokens per second", "tokens of a prompt per second");
-            format!("{} and {}", percent(then.0, now.0, decode), percent(then.1, now.1, prompt))
-        };
-        if fleet.machines.len() < MACHINES_MAX {
-            for kind in 0..fleet.members.len().min(4) {
-                if let Some(then) = self.with_pipeline(&fleet.with_another(kind), |p| self.speeds_of(p)) {
-                    lines.push(format!("One more {} would bring {}.", fleet.machine(kind).name, change(then)));
-                }
-            }
-        }
-        if pipeline.stages.len() > 1 {
-            let faster = |l: Link| Link { rtt_s: l.rtt_s, bytes_per_s: l.bytes_per_s * FASTER_LINK };
-            let links = Links {
-                usual: faster(fleet.links.usual),
-                between: fleet.links.between.iter().map(|&(a, b, l)| (a, b, faster(l))).collect(),
-            };
-            if let Some(then) = self.with_pipeline(&Fleet::of(&fleet.machines, &links), |p| self.speeds_of(p)) {
-                lines.push(format!("Links with {FASTER_LINK:.0} times the bandwidth would bring {}.", change(then)));
-            }
-        }
-    }
+    best.map(|b| b.0)
 }

@@ -10,15 +10,32 @@
 //! ```
 //!
 //! Where links between kinds differ, `best` also knows the last machine, and the search is repeated for each first one,
-//! for the ring closes. Where they do not and every window is allowed, two facts make a step linear in the layers: the
-//! first layer that still fits a machine never moves back as its last one moves on, so a sliding minimum does for sums;
-//! and the largest of two things that move in opposite directions is smallest where they cross. A first guess, cuts of a
-//! few plausible orders, discards what cannot become better.
+//! for the ring closes. Four facts make it fast where they do not: the first layer that still fits a machine never moves
+//! back as its last one moves on, so a sliding minimum does for sums; a part of a window that fits also fits, so how far
+//! machines reach together bounds which prefixes are of use (`reach`), and finds the fastest slowest stage by itself; a
+//! first guess, cuts of a few plausible orders, and a bound on what the rest takes discard what cannot become better.
+//!
+//! | module | idea |
+//! |---|---|
+//! | `search` | what all parts know, and which of them is asked |
+//! | `given` | stages that are settled beforehand |
+//! | `grid` | how many machines of each kind are used, as one number |
+//! | `reach` | how far machines reach, whatever the order |
+//! | `counts` | the search where links are all alike |
+//! | `chains` | the search where they differ |
+//! | `rest` | what the layers after a prefix take at least |
+//! | `guess` | first guesses |
 use capstan_proto::LayerRange;
 use serde::{Deserialize, Serialize};
 
 use self::search::{Goal, Search};
 
+mod chains;
+mod counts;
+mod given;
+mod grid;
+mod guess;
+mod reach;
 mod rest;
 mod search;
 
@@ -41,8 +58,19 @@ pub enum Objective {
     Balanced,
 }
 
+impl Objective {
+    /// Its name, as people write it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Latency => "latency",
+            Self::Throughput => "throughput",
+            Self::Balanced => "balanced",
+        }
+    }
+}
+
 /// Machines that are alike.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Kind {
     /// How many.
     pub count: usize,
@@ -52,6 +80,10 @@ pub struct Kind {
     pub layers_s: Vec<f64>,
     /// What the head takes, which the last stage computes.
     pub head_s: f64,
+    /// So many of them at least hold layers.
+    pub required: usize,
+    /// The layers that the only machine of this kind holds, and no other does; none where that is to be found.
+    pub holds: Option<LayerRange>,
 }
 
 /// What goes from one kind to another takes.
@@ -107,19 +139,14 @@ pub struct Arrangement {
 /// Finds the best arrangement; none when no subset of the machines can hold the model.
 pub fn arrange(problem: &Problem) -> Option<Arrangement> {
     let search = Search::new(problem)?;
-    let slowest = |cap| search.best(Goal::Slowest, cap);
-    let way = |cap| search.best(Goal::Way, cap);
-    match problem.objective {
-        Objective::Latency => way(f64::INFINITY),
-        Objective::Throughput => {
-            let found = slowest(f64::INFINITY)?;
-            way(found.slowest_s * (1.0 + ROUNDING)).or(Some(found))
-        }
-        Objective::Balanced => {
-            let found = slowest(f64::INFINITY)?;
-            way(found.slowest_s * BALANCED_SLACK).or(Some(found))
-        }
-    }
+    let slack = match problem.objective {
+        Objective::Latency => return Some(search.evened(search.best(Goal::Way, f64::INFINITY, None)?)),
+        Objective::Throughput => 1.0 + ROUNDING,
+        Objective::Balanced => BALANCED_SLACK,
+    };
+    let found = search.best(Goal::Slowest, f64::INFINITY, None)?;
+    let way = search.best(Goal::Way, found.slowest_s * slack, Some(found.clone()));
+    Some(way.map_or(found, |way| search.evened(way)))
 }
 
 /// The fewest machines that can hold the model, whatever the speed.
@@ -131,14 +158,25 @@ pub fn fewest(problem: &Problem) -> Option<usize> {
     Some(arrange(&unit)?.stages.len())
 }
 
-/// The best cut over machines in a given order, all of which are used.
+/// Whether the machines can hold the model, whatever the speed.
+pub fn fits(problem: &Problem) -> bool {
+    match Search::new(problem) {
+        Some(search) => search.fits().unwrap_or_else(|| fewest(problem).is_some()),
+        None => false,
+    }
+}
+
+/// The best cut over machines in a given order, all of which are used, with the given stages between them.
 pub fn in_order(problem: &Problem, order: &[usize]) -> Option<Arrangement> {
     let search = Search::new(problem)?;
-    let slowest = |cap| search.cut(order, Goal::Slowest, cap);
+    if order.iter().any(|&k| search.counts.get(k).is_none_or(|&count| count == 0)) {
+        return None;
+    }
+    let cut = |goal, cap| search.cut(order, goal, cap, &search.froms(cap));
     let found = match problem.objective {
-        Objective::Latency => return search.cut(order, Goal::Way, f64::INFINITY),
-        _ => slowest(f64::INFINITY)?,
+        Objective::Latency => return cut(Goal::Way, f64::INFINITY),
+        _ => cut(Goal::Slowest, f64::INFINITY)?,
     };
     let slack = if problem.objective == Objective::Balanced { BALANCED_SLACK } else { 1.0 + ROUNDING };
-    search.cut(order, Goal::Way, found.slowest_s * slack).or(Some(found))
+    cut(Goal::Way, found.slowest_s * slack).or(Some(found))
 }

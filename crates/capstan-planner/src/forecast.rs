@@ -21,8 +21,8 @@ pub const DEPTH_TOKENS: [u64; 4] = [0, 4096, 32_768, 131_072];
 /// Sequences at once that it lists.
 pub const SEQUENCES: [u32; 5] = [1, 2, 4, 8, 16];
 /// Sizes of chunks that are tried; those above the micro-batch's limit are not.
-const CHUNK_ROWS: [u32; 6] = [64, 128, 256, 512, 1024, 2048];
-/// Rows that plain RPC computes at once: llama.cpp's default.
+pub(crate) const CHUNK_ROWS: [u32; 6] = [64, 128, 256, 512, 1024, 2048];
+/// Rows that plain RPC computes at once: llama.cpp's default, whatever Capstan takes.
 const RPC_CHUNK_ROWS: u32 = 512;
 /// What each remote node adds to a step of llama.cpp's RPC, in seconds: the graph is sent and read anew, and results pass
 /// through the first machine. gpt-oss-120b decodes at 33.6 tok/s on one Ryzen AI Max+ 395 and at 21.6 on four, which is
@@ -147,11 +147,14 @@ impl Pipeline<'_> {
             DEPTH_TOKENS.into_iter().filter(|&d| fits(d)).map(|depth| self.decode(wiring, 1, depth)).collect();
         let depth = DEPTH_TOKENS[1].min(u64::from(ctx.saturating_sub(1)));
         decode.extend(SEQUENCES.into_iter().filter(|&n| n > 1 && n <= slots).map(|n| self.decode(wiring, n, depth)));
-        let prompts = PROMPT_TOKENS.into_iter().filter(|&p| fits(p.into()));
+        let mut prompts: Vec<u32> = PROMPT_TOKENS.into_iter().filter(|&p| fits(p.into())).collect();
+        if prompts.is_empty() {
+            prompts.push((ctx / 2).max(1));
+        }
         let (first_load_s, load_s) = self.load_s(wiring);
         Forecast {
             wiring,
-            first_token: prompts.map(|p| self.first_token(wiring, p, ubatch)).collect(),
+            first_token: prompts.into_iter().map(|p| self.first_token(wiring, p, ubatch)).collect(),
             decode,
             memory: self.stages.iter().map(Placed::memory).collect(),
             first_load_s,
@@ -162,7 +165,16 @@ impl Pipeline<'_> {
 
     /// What each stage takes for a micro-batch.
     pub fn stage_s(&self, batch: Batch) -> Vec<f64> {
-        self.stages.iter().map(|s| Times::of(self.profile, &s.rates, batch).stage_s(s.layers)).collect()
+        // Neighbours are often alike, and times are reckoned for all layers at once.
+        let mut times: Option<(&Rates, Times)> = None;
+        let mut stages_s = Vec::with_capacity(self.stages.len());
+        for stage in self.stages {
+            let alike = times.take().filter(|(rates, _)| **rates == stage.rates).map(|(_, times)| times);
+            let of = alike.unwrap_or_else(|| Times::of(self.profile, &stage.rates, batch));
+            stages_s.push(of.stage_s(stage.layers));
+            times = Some((&stage.rates, of));
+        }
+        stages_s
     }
 
     /// What each hop takes for so many rows; one machine has none.
@@ -232,7 +244,7 @@ impl Pipeline<'_> {
             FirstToken { prompt_tokens, seconds, tokens_per_s: f64::from(prompt_tokens) / seconds, chunk_rows }
         };
         if wiring == Wiring::PlainRpc {
-            return of(RPC_CHUNK_ROWS.min(ubatch.max(1)));
+            return of(RPC_CHUNK_ROWS);
         }
         let sizes = CHUNK_ROWS.into_iter().filter(|&rows| rows <= ubatch);
         let best = sizes.map(of).min_by(|a, b| a.seconds.total_cmp(&b.seconds));

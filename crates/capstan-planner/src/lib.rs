@@ -21,7 +21,8 @@
 //! | [`forecast`] | time to the first token, tokens per second, memory, loading, traffic |
 //! | [`answer`](mod@answer) | the whole answer to "how many, and how fast", in sentences |
 //! | [`moving`] | whether another placement is worth loading a model anew |
-//! | [`picture`] | the answer as a table and as an SVG |
+//! | [`table`] | the answer as tables and sentences |
+//! | [`picture`] | the answer as an SVG |
 //! | [`names`] | names in any spelling, and the nearest ones when unknown |
 #![forbid(unsafe_code)]
 
@@ -41,9 +42,12 @@ pub mod placement;
 pub mod plan;
 pub mod quant;
 pub mod shape;
+pub mod table;
 pub mod timing;
 
-pub use answer::{Answer, Question, Subject, Unfit, answer, machines_for};
+pub use answer::{
+    Answer, Question, Subject, Target, Unfit, Wish, answer, best_ubatch, fewest_of, machines_for, place, targets,
+};
 pub use arrange::Objective;
 pub use cost::{Buffers, Need, Sizes};
 pub use forecast::Forecast;

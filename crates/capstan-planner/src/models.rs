@@ -23,6 +23,12 @@ pub struct KnownModel {
 }
 
 impl KnownModel {
+    /// Its name and its other names.
+    pub fn names(&self) -> impl Iterator<Item = &'static str> + use<> {
+        let (name, aliases) = (self.name, self.aliases);
+        std::iter::once(name).chain(aliases.iter().copied())
+    }
+
     /// The usual quantisation: the first file whose size is known, else Q4_K_M.
     pub fn usual(&self) -> &'static Quantisation {
         self.files.first().unwrap_or(&COMMON[0])
@@ -45,18 +51,24 @@ impl KnownModel {
 }
 
 /// The model of a name or alias: case, blanks and punctuation do not matter. `Kimi K2.5:UD-Q2_K_XL` names a
-/// quantisation too.
+/// quantisation too, and so does `Kimi K2.5 UD-Q2_K_XL`.
 pub fn find(text: &str) -> Result<(&'static KnownModel, &'static Quantisation), Unknown> {
-    let (name, quantisation) = match text.split_once(':') {
-        Some((name, q)) => (name, Some(q)),
-        None => (text, None),
-    };
-    let is = |m: &&KnownModel| names::same(m.name, name) || m.aliases.iter().any(|a| names::same(a, name));
-    let model = MODELS.iter().find(is).ok_or_else(|| {
-        let all: Vec<_> = MODELS.iter().flat_map(|m| [m.name].into_iter().chain(m.aliases.iter().copied())).collect();
-        names::unknown("model", name, &all)
-    })?;
-    Ok((model, quantisation.map_or(Ok(model.usual()), |q| model.quantisation(q))?))
+    let named = |name: &str| MODELS.iter().find(|m| m.names().any(|n| names::same(n, name)));
+    if let Some((name, quantisation)) = text.split_once(':') {
+        let model = named(name).ok_or_else(|| unknown(name))?;
+        return Ok((model, model.quantisation(quantisation)?));
+    }
+    if let Some(model) = named(text) {
+        return Ok((model, model.usual()));
+    }
+    let both = |m: &KnownModel, q: &Quantisation| m.names().any(|n| names::same(&format!("{n} {}", q.name), text));
+    let found = MODELS.iter().find_map(|m| Some((m, m.quantisations().find(|q| both(m, q))?)));
+    found.ok_or_else(|| unknown(text))
+}
+
+fn unknown(name: &str) -> Unknown {
+    let all: Vec<_> = MODELS.iter().flat_map(|m| m.names()).collect();
+    names::unknown("model", name, &all)
 }
 
 const fn grouped(heads: u64, kv_heads: u64, head: u64) -> Attention {

@@ -41,7 +41,7 @@ pub(crate) fn unknown(kind: &'static str, name: &str, all: &[&str]) -> Unknown {
 }
 
 /// Whether two names are the same but for case, blanks and punctuation. A plus sign counts: an M5+ is no M5.
-pub(crate) fn same(a: &str, b: &str) -> bool {
+pub fn same(a: &str, b: &str) -> bool {
     plain(a) == plain(b)
 }
 

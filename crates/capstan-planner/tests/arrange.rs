@@ -1,8 +1,8 @@
-//! Arrangements over unequal machines are as good as the best that brute force finds, and found fast.
-use std::time::{Duration, Instant};
+//! Arrangements over unequal machines are as good as the best that brute force finds, whatever is settled beforehand.
+use std::time::Instant;
 
 use capstan_planner::Objective;
-use capstan_planner::arrange::{Arrangement, BALANCED_SLACK, Hops, Kind, Problem, arrange, fewest, in_order};
+use capstan_planner::arrange::{Arrangement, BALANCED_SLACK, Hops, Kind, Problem, arrange, fewest, fits, in_order};
 use capstan_proto::LayerRange;
 use proptest::prelude::*;
 
@@ -57,6 +57,10 @@ impl Case {
     fn extend(&self, stages: &mut Vec<(usize, usize, usize)>, used: &mut [usize], found: &mut Vec<(f64, f64, usize)>) {
         let at = stages.last().map_or(0, |s| s.2);
         if at == self.n() {
+            let held = |k: usize, kind: &Kind| kind.holds.is_none() || used[k] == 1;
+            if !self.kinds.iter().enumerate().all(|(k, kind)| used[k] >= kind.required && held(k, kind)) {
+                return;
+            }
             let (way, slowest) = self.value(stages);
             found.push((way, slowest, stages.len()));
             return;
@@ -68,6 +72,7 @@ impl Case {
                 if used[k] == self.kinds[k].count
                     || self.need(r) > self.kinds[k].usable_bytes
                     || !(whole || self.allowed(r))
+                    || self.kinds[k].holds.is_some_and(|holds| holds != r)
                 {
                     continue;
                 }
@@ -102,9 +107,11 @@ impl Case {
             used[k] += 1;
             assert!(self.need(r) <= self.kinds[k].usable_bytes, "more is placed than fits");
             assert!(r.count() as usize == self.n() || self.allowed(r), "a forbidden window");
+            assert!(self.kinds[k].holds.is_none_or(|holds| holds == r), "other layers than were given");
         }
         assert_eq!(at as usize, self.n());
         assert!(used.iter().zip(&self.kinds).all(|(u, k)| *u <= k.count), "more machines than there are");
+        assert!(used.iter().zip(&self.kinds).all(|(u, k)| *u >= k.required.max(usize::from(k.holds.is_some()))));
         let stages: Vec<_> = found.stages.iter().map(|(k, r)| (*k, r.start() as usize, r.end() as usize)).collect();
         let (way, slowest) = self.value(&stages);
         assert!((way - found.way_s).abs() < 1e-6 && (slowest - found.slowest_s).abs() < 1e-6);
@@ -112,14 +119,30 @@ impl Case {
     }
 }
 
-fn case() -> impl Strategy<Value = Case> {
-    (1usize..7, 1usize..4, any::<bool>(), any::<bool>()).prop_flat_map(|(n, m, free, uniform)| {
-        let kind = (1usize..3, 1u64..60, prop::collection::vec(1u32..20, n), 0u32..20).prop_map(
-            |(count, usable_bytes, layers, head)| Kind {
-                count,
+/// Up to three kinds of up to two machines for up to six layers; settled: some must be used, are excluded, or hold given
+/// layers.
+fn case(settled: bool) -> impl Strategy<Value = Case> {
+    (1usize..7, 1usize..4, any::<bool>(), any::<bool>()).prop_flat_map(move |(n, m, free, uniform)| {
+        let settlement = (0u32..10, 0..n, 1..=n).prop_map(move |(what, a, b)| match what {
+            0 | 1 if settled => (Some(1), None),
+            2 if settled => (Some(2), None),
+            3 if settled => (Some(0), None),
+            4..7 if settled && a < b => (None, Some(range(a, b))),
+            _ => (None, None),
+        });
+        let kind = (1usize..3, 1u64..60, prop::collection::vec(1u32..20, n), 0u32..20, settlement).prop_map(
+            |(count, usable_bytes, layers, head, (required, holds))| Kind {
+                // None must be used: none is there.
+                count: match (required, holds) {
+                    (Some(0), _) => 0,
+                    (_, Some(_)) => 1,
+                    _ => count,
+                },
                 usable_bytes,
                 layers_s: layers.into_iter().map(f64::from).collect(),
                 head_s: head.into(),
+                required: required.unwrap_or(0).min(count),
+                holds,
             },
         );
         let square = prop::collection::vec(prop::collection::vec(0u32..15, m), m);
@@ -149,32 +172,44 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(10_000))]
 
     #[test]
-    fn as_good_as_brute_force(case in case()) {
-        let all = case.all();
-        let least = |of: &dyn Fn(&(f64, f64, usize)) -> f64| all.iter().map(of).fold(f64::INFINITY, f64::min);
-        let (way, slowest) = (least(&|a| a.0), least(&|a| a.1));
-        let way_within = |cap: f64| least(&|a| if a.1 <= cap + 1e-6 { a.0 } else { f64::INFINITY });
-        for objective in [Objective::Latency, Objective::Throughput, Objective::Balanced] {
-            let found = case.solve(objective);
-            prop_assert_eq!(found.is_some(), !all.is_empty(), "{:?}", objective);
-            let Some(found) = found else { continue };
-            case.check(&found);
-            let wanted = match objective {
-                Objective::Latency => way,
-                Objective::Throughput => {
-                    prop_assert!((found.slowest_s - slowest).abs() < 1e-6, "{} for {}", found.slowest_s, slowest);
-                    way_within(slowest)
-                }
-                Objective::Balanced => {
-                    prop_assert!(found.slowest_s <= slowest * BALANCED_SLACK + 1e-6);
-                    way_within(slowest * BALANCED_SLACK)
-                }
-            };
-            prop_assert!((found.way_s - wanted).abs() < 1e-6, "{:?}: {} for {}", objective, found.way_s, wanted);
-        }
-        let fewest = fewest(&case.problem(Objective::Latency, &|r| case.need(r), &|r| case.allowed(r)));
-        prop_assert_eq!(fewest, all.iter().map(|a| a.2).min());
+    fn as_good_as_brute_force(case in case(false)) {
+        compare(&case)?;
     }
+
+    #[test]
+    fn as_good_as_brute_force_whatever_is_settled(case in case(true)) {
+        compare(&case)?;
+    }
+}
+
+fn compare(case: &Case) -> Result<(), TestCaseError> {
+    let all = case.all();
+    let least = |of: &dyn Fn(&(f64, f64, usize)) -> f64| all.iter().map(of).fold(f64::INFINITY, f64::min);
+    let (way, slowest) = (least(&|a| a.0), least(&|a| a.1));
+    let way_within = |cap: f64| least(&|a| if a.1 <= cap + 1e-6 { a.0 } else { f64::INFINITY });
+    for objective in [Objective::Latency, Objective::Throughput, Objective::Balanced] {
+        let found = case.solve(objective);
+        prop_assert_eq!(found.is_some(), !all.is_empty(), "{:?}", objective);
+        let Some(found) = found else { continue };
+        case.check(&found);
+        let wanted = match objective {
+            Objective::Latency => way,
+            Objective::Throughput => {
+                prop_assert!((found.slowest_s - slowest).abs() < 1e-6, "{} for {}", found.slowest_s, slowest);
+                way_within(slowest)
+            }
+            Objective::Balanced => {
+                prop_assert!(found.slowest_s <= slowest * BALANCED_SLACK + 1e-6);
+                way_within(slowest * BALANCED_SLACK)
+            }
+        };
+        prop_assert!((found.way_s - wanted).abs() < 1e-6, "{:?}: {} for {}", objective, found.way_s, wanted);
+    }
+    let (need, allowed) = (|r| case.need(r), |r| case.allowed(r));
+    let problem = case.problem(Objective::Latency, &need, &allowed);
+    prop_assert_eq!(fewest(&problem), all.iter().map(|a| a.2).min());
+    prop_assert_eq!(fits(&problem), !all.is_empty());
+    Ok(())
 }
 
 /// `kinds` kinds of machines, `each` of each, none like another kind, for `layers` layers.
@@ -184,6 +219,7 @@ fn fleet(kinds: usize, each: usize, layers: usize, usable: u64) -> Case {
         usable_bytes: usable + (k * 37 % 11) as u64,
         layers_s: (0..layers).map(|l| 1.0 + 0.13 * (k * 7 % 13) as f64 + if l == 0 { 0.5 } else { 0.0 }).collect(),
         head_s: 2.0 + 0.1 * k as f64,
+        ..Kind::default()
     };
     Case {
         kinds: (0..kinds).map(kind).collect(),
@@ -194,11 +230,8 @@ fn fleet(kinds: usize, each: usize, layers: usize, usable: u64) -> Case {
     }
 }
 
-/// The issue asks for 16 nodes and 128 layers under 100 ms in a release build. Here the bound is far wider, for the
-/// build is not optimised and others measure on the machine; the times are printed.
-#[test]
-#[allow(clippy::disallowed_methods, reason = "how long it takes is what is tested")]
-fn large_fleets_are_arranged_fast_and_exactly() {
+/// Fleets that are too large for brute force, and what they are.
+fn large() -> Vec<(&'static str, Case)> {
     let mut unequal_links = fleet(8, 1, 61, 40);
     for a in 0..8 {
         for b in 0..8 {
@@ -207,23 +240,60 @@ fn large_fleets_are_arranged_fast_and_exactly() {
     }
     let mut windows = fleet(4, 4, 128, 40);
     windows.forbidden = (0..128).map(|a| (a, a + 1)).collect();
-    let cases = [
+    let mut unequal_layers = fleet(16, 1, 128, 60);
+    for (k, kind) in unequal_layers.kinds.iter_mut().enumerate() {
+        kind.layers_s.iter_mut().enumerate().for_each(|(l, s)| *s *= 1.0 + 0.01 * ((l * 31 + k * 17) % 23) as f64);
+    }
+    let mut settled = fleet(16, 1, 128, 40);
+    settled.kinds[3].holds = Some(range(40, 46));
+    settled.kinds[9].required = 1;
+    settled.kinds[12].count = 0;
+    vec![
         ("16 machines of 4 kinds, 128 layers", fleet(4, 4, 128, 40)),
         ("16 unequal machines, 128 layers", fleet(16, 1, 128, 40)),
+        ("16 unequal machines with memory to spare, 128 layers", fleet(16, 1, 128, 200)),
+        ("16 unequal machines, 128 unequal layers", unequal_layers),
+        ("16 unequal machines, 128 layers, one holds 6, one is required, one excluded", settled),
         ("16 machines of 4 kinds, 128 layers, windows forbidden", windows),
         ("64 machines of 2 kinds, 128 layers", fleet(2, 32, 128, 20)),
         ("64 machines of 4 kinds, 61 layers", fleet(4, 16, 61, 12)),
         ("8 unequal machines, 61 layers", fleet(8, 1, 61, 40)),
         ("8 unequal machines with unequal links, 61 layers", unequal_links),
-    ];
-    for (name, case) in &cases {
+    ]
+}
+
+#[test]
+fn large_fleets_are_arranged_exactly() {
+    for (name, case) in large() {
+        let [latency, balanced, throughput] =
+            [Objective::Latency, Objective::Balanced, Objective::Throughput].map(|o| case.solve(o).unwrap());
+        for found in [&latency, &balanced, &throughput] {
+            case.check(found);
+        }
+        let least = throughput.slowest_s * (1.0 - 1e-9);
+        assert!(latency.slowest_s >= least && balanced.slowest_s >= least, "{name}");
+        assert!(balanced.slowest_s <= throughput.slowest_s * BALANCED_SLACK * (1.0 + 1e-9), "{name}");
+        let most = 1.0 + 1e-9;
+        assert!(latency.way_s <= balanced.way_s * most && balanced.way_s <= throughput.way_s * most, "{name}");
+    }
+}
+
+/// The issue asks for 16 nodes and 128 layers under 100 ms in a release build.
+#[test]
+#[ignore = "prints how long arranging takes: cargo test --release -p capstan-planner -- --ignored --nocapture how_long"]
+#[allow(clippy::disallowed_methods, reason = "how long it takes is what is printed")]
+fn how_long_large_fleets_take() {
+    for (name, case) in large() {
         for objective in [Objective::Latency, Objective::Throughput, Objective::Balanced] {
-            let start = Instant::now();
-            let found = case.solve(objective).unwrap();
-            let took = start.elapsed();
-            println!("{name}, {objective:?}: {:.1} ms, {} stages", took.as_secs_f64() * 1e3, found.stages.len());
-            case.check(&found);
-            assert!(took < Duration::from_secs(20), "{name} took {took:?}");
+            let mut took: Vec<f64> = (0..5)
+                .map(|_| {
+                    let start = Instant::now();
+                    std::hint::black_box(case.solve(objective));
+                    start.elapsed().as_secs_f64() * 1e3
+                })
+                .collect();
+            took.sort_by(f64::total_cmp);
+            println!("{name}, {objective:?}: {:.1} ms (least of 5; median {:.1})", took[0], took[2]);
         }
     }
 }
@@ -234,6 +304,19 @@ fn too_many_orders_are_not_all_tried() {
     let case = fleet(64, 1, 61, 12);
     let found = case.solve(Objective::Throughput).unwrap();
     assert!(!found.exact && found.stages.len() > 16);
+}
+
+/// Every cut over machines that are alike has the same way; then the slowest stage decides, whatever is wanted.
+#[test]
+fn what_is_equally_short_is_cut_evenly() {
+    let mut case = fleet(1, 4, 40, 200);
+    case.kinds[0].required = 4;
+    let slowest = case.solve(Objective::Throughput).unwrap().slowest_s;
+    for objective in [Objective::Latency, Objective::Balanced] {
+        let found = case.solve(objective).unwrap();
+        case.check(&found);
+        assert!(found.slowest_s <= slowest * 1.001, "{objective:?}: {} for {slowest}", found.slowest_s);
+    }
 }
 
 #[test]

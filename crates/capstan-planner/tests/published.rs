@@ -1,7 +1,7 @@
 //! Forecasts beside what others published. Nothing was fitted to these figures: the constants come from measurements of
 //! other models on one machine, and of gpt-oss over RPC. The bands are what such a forecast is good for.
 use capstan_planner::links::{self, Links};
-use capstan_planner::{Answer, Objective, Question, Subject, answer, forecast, machines, models, picture};
+use capstan_planner::{Answer, Objective, Question, Subject, answer, forecast, machines, models, table};
 
 fn ask(model: &str, machines: &str, ctx: u32) -> Answer {
     let (model, quantisation) = models::find(model).unwrap();
@@ -17,6 +17,7 @@ fn ask(model: &str, machines: &str, ctx: u32) -> Answer {
         ubatch: 512,
         headroom_bytes: 0,
         objective: Objective::Throughput,
+        wishes: &[],
     };
     let answer = answer(&question).unwrap_or_else(|e| panic!("{e}"));
     print(&answer);
@@ -24,7 +25,7 @@ fn ask(model: &str, machines: &str, ctx: u32) -> Answer {
 }
 
 fn print(a: &Answer) {
-    println!("\n{}", picture::table(a));
+    println!("\n{}", table::table(a));
     println!("by number of machines: {:.2?}; longest context {}", a.by_machines, a.ctx_max);
 }
 

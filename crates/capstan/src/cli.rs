@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::commands::{bench, cluster, compute, lifecycle, models, run, settings};
+use crate::commands::{bench, cluster, compute, lifecycle, models, plan, run, settings};
 use crate::config::{Auto, LogFormat, Switch, parse};
 
 const EXAMPLES: &str = "\
@@ -14,6 +14,7 @@ Examples:
   capstan load model.gguf --nodes alpha,beta   serve a model on two nodes
   capstan run model \"Why is the sky blue?\"     ask it
   capstan status                               nodes, models and stages
+  capstan plan kimi-k2.5                       how many machines, and how fast, before you buy any
 
 The API is OpenAI's: point any client at http://127.0.0.1:8420/v1.
 Settings come from flags, else CAPSTAN_* variables, else the config file; `capstan config` shows them.";
@@ -124,6 +125,9 @@ pub enum Command {
     /// Chat with a model in the terminal, loading it if need be
     #[command(after_help = run::EXAMPLES)]
     Run(run::RunArgs),
+    /// How many machines a model takes, and how fast it will be, without a cluster
+    #[command(after_help = plan::EXAMPLES)]
+    Plan(plan::PlanArgs),
     /// Measure a running server: TTFT, ITL and throughput
     #[command(after_help = bench::EXAMPLES)]
     Bench(bench::BenchArgs),

@@ -12,6 +12,7 @@ pub mod compute;
 pub mod daemon;
 pub mod lifecycle;
 pub mod models;
+pub mod plan;
 pub mod run;
 pub mod settings;
 
@@ -33,6 +34,7 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
         Command::Daemon(node) => flags.node = node.clone(),
         Command::Load(args) => flags.model = args.model_flags.clone(),
         Command::Run(args) => flags.model = args.model_flags.clone(),
+        Command::Plan(args) => (flags.model.ctx, flags.model.slots) = (args.ctx, args.slots),
         Command::Config(args) => (flags.node, flags.model) = (args.node.clone(), args.model.clone()),
         _ => {}
     }
@@ -58,6 +60,7 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
             Command::Load(args) => models::load(&config, &args, json).await,
             Command::Unload(args) => models::unload(&config, &args, json).await,
             Command::Run(args) => run::run(&config, &args, json).await,
+            Command::Plan(args) => plan::plan(&config, &args, json).await,
             Command::Bench(args) => bench::run(&config, &args, json).await,
             Command::Config(_) => settings::config(&config, json),
             Command::Completions(_) | Command::Compute(_) => Ok(ExitCode::SUCCESS),

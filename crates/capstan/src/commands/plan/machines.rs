@@ -1,0 +1,170 @@
+//! Which machines are planned with, what connects them, and what is settled about some of them.
+use std::io::Read;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use capstan_planner::{Links, Machine, Question, Wish, fewest_of, links, machine_file, machines, names};
+use capstan_proto::LayerRange;
+
+use super::PlanArgs;
+
+/// The machine that is planned with when none is named.
+const USUAL_MACHINE: &str = "Ryzen AI Max+ 395 128GB";
+/// What connects machines when nothing is said: what every switch has.
+const USUAL_LINK: &str = "1GbE";
+
+/// A machine that must hold layers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pin {
+    machine: String,
+    layers: Option<LayerRange>,
+}
+
+/// `MACHINE` or `MACHINE=A..B`.
+pub fn pin(text: &str) -> Result<Pin, String> {
+    let (machine, layers) = match text.rsplit_once('=') {
+        Some((machine, layers)) => {
+            (machine, Some(layers.trim().parse().map_err(|e: capstan_proto::layers::BadRange| e.to_string())?))
+        }
+        None => (text, None),
+    };
+    match machine.trim() {
+        "" => Err(format!("{text:?} names no machine; write MACHINE, MACHINE=0..10 or #2=0..10")),
+        machine => Ok(Pin { machine: machine.to_owned(), layers }),
+    }
+}
+
+/// What is planned with.
+pub struct Fleet {
+    pub machines: Vec<Machine>,
+    pub links: Links,
+    pub wishes: Vec<(usize, Wish)>,
+    /// No machines were named.
+    machines_assumed: bool,
+    /// No link was named.
+    link_assumed: bool,
+}
+
+impl Fleet {
+    /// What the arguments say.
+    pub fn of(args: &PlanArgs) -> Result<Self> {
+        let (machines, file_links) = match &args.machine_file {
+            Some(path) => {
+                let fleet = read(path)?;
+                (fleet.machines, fleet.links)
+            }
+            None if args.machines.is_empty() => (vec![machines::find(USUAL_MACHINE)?], None),
+            None => (machines::parse(&args.machines.join(","))?, None),
+        };
+        let named = args.link.as_deref().map(links::parse).transpose()?;
+        let link_assumed = named.is_none() && file_links.is_none();
+        let links = match (named, file_links) {
+            (None, Some(links)) => links,
+            // A link that is named stands for all that the file does not tell apart.
+            (Some(usual), links) => Links { usual, between: links.map(|l| l.between).unwrap_or_default() },
+            (None, None) => Links::all(links::parse(USUAL_LINK)?),
+        };
+        let machines_assumed = args.machines.is_empty() && args.machine_file.is_none();
+        if machines_assumed && !(args.pin.is_empty() && args.exclude.is_empty()) {
+            bail!("--pin and --exclude are about machines; name these with --machines or --machine-file");
+        }
+        let wishes = wishes(&machines, args)?;
+        Ok(Self { machines, links, wishes, machines_assumed, link_assumed })
+    }
+
+    /// When no machines were named: as many of the usual kind as the model takes, or one where no number would do.
+    pub fn as_many_as_it_takes(&self, question: &Question) -> Option<Vec<Machine>> {
+        let machine = self.machines.first().filter(|_| self.machines_assumed)?;
+        Some(vec![machine.clone(); fewest_of(question).unwrap_or(1)])
+    }
+
+    /// What was assumed because it was not said.
+    pub fn notes(&self, usual: Option<&[Machine]>) -> Vec<String> {
+        let mut notes = Vec::new();
+        if let Some(usual) = usual {
+            notes.push(format!(
+                "No machines were named, so this is for {} of {USUAL_MACHINE}, the fewest that could hold it; name yours with \
+                 --machines or --machine-file.",
+                usual.len()
+            ));
+        }
+        if self.link_assumed && usual.map_or(self.machines.len(), <[_]>::len) > 1 {
+            notes.push(format!("No link was named, so {USUAL_LINK} is assumed; name yours with --link."));
+        }
+        notes
+    }
+}
+
+/// Reads a file of machines, which is no larger than such a file can be.
+fn read(path: &Path) -> Result<machine_file::Fleet> {
+    let unreadable = || format!("the file of machines {} cannot be read", path.display());
+    let file = std::fs::File::open(path).with_context(unreadable)?;
+    let mut text = String::new();
+    // One byte more than is accepted, so that a longer one is refused and not cut.
+    file.take(machine_file::FILE_BYTES_MAX as u64 + 1).read_to_string(&mut text).with_context(unreadable)?;
+    machine_file::parse(&text).with_context(|| path.display().to_string())
+}
+
+fn wishes(machines: &[Machine], args: &PlanArgs) -> Result<Vec<(usize, Wish)>> {
+    let mut wishes: Vec<(usize, Wish)> = Vec::new();
+    for name in &args.exclude {
+        // A name stands for all machines that have it.
+        wishes.extend(places(machines, name)?.into_iter().map(|place| (place, Wish::Unused)));
+    }
+    for pin in &args.pin {
+        let places = places(machines, &pin.machine)?;
+        // Of machines with the same name it does not matter which: the first that is not spoken for.
+        let free = places.iter().find(|&&place| wishes.iter().all(|w| w.0 != place));
+        let Some(&place) = free else {
+            bail!("{} is pinned or excluded more often than there are such machines", pin.machine);
+        };
+        wishes.push((place, pin.layers.map_or(Wish::Used, Wish::Holds)));
+    }
+    Ok(wishes)
+}
+
+/// The places of the machines that a name means.
+fn places(machines: &[Machine], name: &str) -> Result<Vec<usize>> {
+    if let Some(number) = name.trim().strip_prefix('#') {
+        return match number.parse::<usize>() {
+            Ok(n) if (1..=machines.len()).contains(&n) => Ok(vec![n - 1]),
+            _ => bail!("{name:?} is no machine: {} were named, so write #1 to #{0}", machines.len()),
+        };
+    }
+    let found: Vec<_> = (0..machines.len()).filter(|&i| names::same(&machines[i].name, name)).collect();
+    if !found.is_empty() {
+        return Ok(found);
+    }
+    let mut names: Vec<&str> = machines.iter().map(|m| m.name.as_str()).collect();
+    names.dedup();
+    bail!(
+        "{name:?} is none of the machines: {}; write a name as it stands there, or #2 for the second",
+        names.join(", ")
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pin_names_a_machine_and_maybe_layers() {
+        let layers = LayerRange::new(0, 10).ok();
+        assert_eq!(pin("M4 Max=0..10"), Ok(Pin { machine: "M4 Max".into(), layers }));
+        assert_eq!(pin(" #2 "), Ok(Pin { machine: "#2".into(), layers: None }));
+        for bad in ["", "=0..1", "a=", "a=3..3", "a=0-3"] {
+            assert!(pin(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn names_mean_places() {
+        let machines = machines::parse("2x\"M4 Max 64GB\", RTX 4090").unwrap();
+        assert_eq!(places(&machines, "m4-max 64gb").unwrap(), [0, 1]);
+        assert_eq!(places(&machines, "RTX 4090").unwrap(), [2]);
+        assert_eq!(places(&machines, "#3").unwrap(), [2]);
+        for bad in ["#0", "#4", "#x", "M4", ""] {
+            assert!(places(&machines, bad).is_err(), "{bad}");
+        }
+    }
+}
