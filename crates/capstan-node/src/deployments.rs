@@ -19,6 +19,7 @@ use crate::error::NodeError;
 use crate::files;
 use crate::membership::{now_ms, now_s};
 use crate::node::Shared;
+use crate::rehearsal::MadeUp;
 use crate::scheduling::Wanted;
 
 /// Load events that wait for whoever watches.
@@ -119,6 +120,10 @@ impl Deployments {
 
     /// Notes a deployment on disk, so that it comes back after a restart.
     pub(crate) fn keep(&self, b: &Blueprint) {
+        // Nobody misses a rehearsal after a restart.
+        if b.rehearsal.is_some() {
+            return;
+        }
         let Some(path) = b.model.model.files().first().cloned() else { return };
         let stage = |s: &StagePlan| SavedStage {
             node: s.node,
@@ -283,12 +288,15 @@ pub(crate) async fn load(shared: &Arc<Shared>, request: LoadRequest) -> Result<m
     let spares_per_stage = wanted.spares_per_stage();
     let draft_bytes = wanted.draft_bytes(ctx, ubatch);
     let options = PlanOptions { ctx, slots, spares_per_stage, draft_bytes, ubatch, nodes, layers };
-    let placement = place(shared, &model, options).await?;
+    let sparse = request.rehearsal.is_some_and(|r| r.sparse);
+    let placement = place(shared, &model, options, sparse).await?;
     let count = placement.stages().len();
     let unused_draft = wanted.remark(count);
     let (scheduling, draft) = wanted.scheduling(count);
     check_sequences(ctx, slots, scheduling.spares())?;
 
+    let rehearsal = request.rehearsal.map(|r| MadeUp::of(&model.model, placement.stages(), r.sparse)).transpose();
+    let rehearsal = rehearsal.map_err(bad)?.map(Arc::new);
     let whole = model.model.split_problem().filter(|_| count == 1).map(|reason| format!("it runs whole: {reason}"));
     let remarks: Vec<_> = whole.into_iter().chain(unused_draft.map(str::to_owned)).collect();
     let blueprint = Blueprint {
@@ -303,6 +311,7 @@ pub(crate) async fn load(shared: &Arc<Shared>, request: LoadRequest) -> Result<m
         draft,
         created_unix_s: now_s(),
         remark: remarks.join("; "),
+        rehearsal,
         model,
     };
     let planned = LoadEvent::Planned {
@@ -383,7 +392,12 @@ fn launch(
     Ok(())
 }
 
-async fn place(shared: &Arc<Shared>, model: &OpenModel, options: PlanOptions) -> Result<Placement, ManageError> {
+async fn place(
+    shared: &Arc<Shared>,
+    model: &OpenModel,
+    options: PlanOptions,
+    sparse: bool,
+) -> Result<Placement, ManageError> {
     let (_, free_bytes) = shared.machine.memory();
     let mut nodes = vec![NodeResources { id: shared.id, name: shared.membership.name(), free_bytes }];
     for member in shared.membership.others() {
@@ -394,7 +408,12 @@ async fn place(shared: &Arc<Shared>, model: &OpenModel, options: PlanOptions) ->
     let model = model.model.clone();
     // Trying every order of several nodes for a deep model takes a moment; the daemon goes on meanwhile.
     let planned = tokio::task::spawn_blocking(move || {
-        let sizes = Sizes::of(&model.profile());
+        let mut sizes = Sizes::of(&model.profile());
+        if sparse {
+            // What is never read takes no memory; which weights are, nobody knows before.
+            sizes.weight_bytes.fill(0);
+            sizes.ends_bytes = 0;
+        }
         plan(&PlanInput {
             nodes,
             sizes: &sizes,
@@ -468,6 +487,7 @@ pub(crate) async fn resume(shared: Arc<Shared>) {
                     draft,
                     created_unix_s: one.created_unix_s,
                     remark: String::new(),
+                    rehearsal: None,
                 };
                 shared.deployments.save(|saved| saved.retain(|s| s.id != one.id));
                 shared.deployments.keep(&blueprint);
