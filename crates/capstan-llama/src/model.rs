@@ -103,6 +103,9 @@ impl Model {
         let facts = read_facts(ptr);
         let on_processor = !offloads(options.gpu_layers);
         let model = Self { ptr, facts, on_processor, path: path.to_owned(), making_context: Mutex::new(()) };
+        if options.sparse {
+            sparse::read_page_by_page(path);
+        }
         model.refuse_what_cannot_chat()?;
         Ok(Arc::new(model))
     }

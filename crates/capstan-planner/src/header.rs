@@ -24,7 +24,7 @@ pub const ARCHITECTURES: &[&str] = &["deepseek2", "llama", "qwen2", "qwen3moe", 
 const TYPES: &[u32] = &[16, 10, 11, 23, 12, 13, 14, 8, types::F16];
 /// The same for rows of whole blocks of 32 only: `Q4_0`, `Q5_0`, `Q8_0`, `F16`.
 const NARROW_TYPES: &[u32] = &[2, 6, 8, types::F16];
-/// The same for experts, which OpenAI keeps in a type of their own: `MXFP4` takes the place of `Q4_0`.
+/// The same for OpenAI's experts, which it publishes in `MXFP4`.
 const NARROW_EXPERT_TYPES: &[u32] = &[39, 6, 8, types::F16];
 /// What GGUFs of these architectures say of norms. It has no bearing on time or memory.
 const NORM_EPSILON: f32 = 1e-6;
@@ -84,7 +84,9 @@ fn metadata(shape: &Shape, name: &str) -> Metadata {
     put("context_length", Value::U32(shape.context_train));
     put("embedding_length", number(shape.n_embd));
     put("vocab_size", number(shape.n_vocab));
-    put("feed_forward_length", number(if shape.dense_width > 0 { shape.dense_width } else { experts.width }));
+    // Where no layer is dense, some architectures mean the experts by this.
+    let some_dense = shape.experts.is_none_or(|e| e.leading_dense > 0);
+    put("feed_forward_length", number(if some_dense { shape.dense_width } else { experts.width }));
     put("attention.layer_norm_rms_epsilon", Value::F32(NORM_EPSILON));
     match shape.attention {
         Attention::Grouped { heads, kv_heads, head, .. } => {
@@ -172,10 +174,10 @@ fn bits(id: u32) -> f64 {
 }
 
 /// The types that a row's length allows.
-fn allowed(row: u64, of: Use) -> &'static [u32] {
+fn allowed(shape: &Shape, row: u64, of: Use) -> &'static [u32] {
     match (row.is_multiple_of(256), row.is_multiple_of(32), of) {
         (true, ..) => TYPES,
-        (_, true, Use::Routed) => NARROW_EXPERT_TYPES,
+        (_, true, Use::Routed) if shape.architecture == "gpt-oss" => NARROW_EXPERT_TYPES,
         (_, true, _) => NARROW_TYPES,
         _ => &[types::F16],
     }
@@ -195,7 +197,7 @@ fn tensors(shape: &Shape, quantisation: &Quantisation) -> Vec<NewTensor> {
     let alone = |name: &str, dims: &[u64], bits: f64| NewTensor {
         name: name.into(),
         dims: dims.to_vec(),
-        ggml_type: Budget::new(bits).choose(dims, allowed(dims[0], Use::Dense)),
+        ggml_type: Budget::new(bits).choose(dims, allowed(shape, dims[0], Use::Dense)),
     };
     let mut out = vec![alone("token_embd.weight", &[d, vocab], q.embedding_bits)];
     let mut budgets = [q.attention_bits, q.dense_bits, q.routed_bits].map(Budget::new);
@@ -208,7 +210,7 @@ fn tensors(shape: &Shape, quantisation: &Quantisation) -> Vec<NewTensor> {
                 Use::Small => None,
             };
             let choose = |b: &mut Budget| {
-                let types = beside(allowed(dims[0], of), b.bits);
+                let types = beside(allowed(shape, dims[0], of), b.bits);
                 b.choose(&dims, types)
             };
             let ggml_type = budget.map_or(types::F32, choose);
