@@ -113,10 +113,10 @@ impl Report {
     /// For people.
     pub(super) fn text(&self) -> String {
         let mut out = format!(
-            "{} ({}): {:.1} billion weights, {}, {} layers\n",
-            self.model,
-            self.architecture,
-            self.parameters as f64 / 1e9,
+            "{} ({}): {} weights, {}, {} layers\n",
+            view::plain(&self.model),
+            view::plain(&self.architecture),
+            count(self.parameters),
             view::bytes(self.bytes),
             self.layers
         );
@@ -164,6 +164,12 @@ impl Report {
         }
         table
     }
+}
+
+/// A number of weights for people.
+fn count(weights: u64) -> String {
+    let n = weights as f64;
+    if weights < 1_000_000_000 { format!("{:.1} million", n / 1e6) } else { format!("{:.1} billion", n / 1e9) }
 }
 
 /// Bytes that a token reads: its layers', and the head's.
