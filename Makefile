@@ -31,6 +31,10 @@ build: setup ## Build the release binary, target/release/capstan
 demo: setup model build ## Three daemons, one model split in three, one answer
 	@exec scripts/demo --capstan target/release/capstan
 
+.PHONY: trillion
+trillion: setup build ## A trillion made-up weights, four nodes, some tokens: every size holds (Linux, root, 20 GB of memory)
+	@exec scripts/trillion --capstan target/release/capstan
+
 .PHONY: venv
 venv: setup
 	@scripts/python-env.sh $(VENV)

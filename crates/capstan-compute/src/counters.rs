@@ -69,6 +69,7 @@ impl Counters {
             prompt_tokens: self.prompt_tokens.load(Relaxed),
             cached_tokens: self.cached_tokens.load(Relaxed),
             bytes_sent: self.bytes_sent.load(Relaxed),
+            peak_rss_bytes: crate::os::peak_rss_bytes(),
         }
     }
 }

@@ -138,6 +138,7 @@ mod tests {
             threads: Some(1),
             gpu_layers: 0,
             bind: IpAddr::V4(Ipv4Addr::LOCALHOST),
+            sparse: false,
         }
     }
 

@@ -81,7 +81,7 @@ pub enum MeasureError {
 pub fn measure(options: &MeasureOptions) -> Result<DeviceProfile, MeasureError> {
     let began = Instant::now();
     capstan_llama::init();
-    let process_bytes = os::resident_bytes().unwrap_or(0);
+    let process_bytes = os::peak_rss_bytes();
     let gpu = options.gpu_layers != 0
         && devices().iter().any(|d| matches!(d.kind, DeviceKind::Gpu | DeviceKind::IntegratedGpu));
     let (small, large) = if gpu { (SMALL_GPU, LARGE_GPU) } else { (SMALL, LARGE) };
@@ -163,7 +163,12 @@ fn pair(a: &mut Bench, b: &mut Bench, rows: u32) -> Result<(f64, f64), MeasureEr
     Ok((least.0 / a.layers, least.1 / b.layers))
 }
 
-fn type_curve(options: &MeasureOptions, shape: Shape, ggml_type: u32, rest: &[Point]) -> Result<TypeCurve, MeasureError> {
+fn type_curve(
+    options: &MeasureOptions,
+    shape: Shape,
+    ggml_type: u32,
+    rest: &[Point],
+) -> Result<TypeCurve, MeasureError> {
     let other = |rows| seconds_at(rest, rows);
     let (mut per_weight, mut floor) = (Vec::new(), 0.0f64);
     for (rows, each) in FEW_ROWS.into_iter().zip(uncached(options, shape, ggml_type, other)?) {
@@ -219,12 +224,8 @@ impl Bench {
         let _gone = Gone(&path);
         shape.write(ggml_type, &path)?;
         let model = ModelOptions { gpu_layers: options.gpu_layers, ..ModelOptions::default() };
-        let context = ContextOptions {
-            ctx_per_slot: ctx,
-            ubatch: UBATCH,
-            threads: options.threads,
-            ..ContextOptions::default()
-        };
+        let context =
+            ContextOptions { ctx_per_slot: ctx, ubatch: UBATCH, threads: options.threads, ..ContextOptions::default() };
         let context = Context::new(Model::load(&path, model)?, &context)?;
         let mut bench = Self { context, layers: f64::from(shape.layers), step: 0 };
         // The first ones find cold caches and are not counted.

@@ -1,4 +1,5 @@
-//! What depends on the operating system: standard output is kept for the protocol alone, and memory comes in large pages.
+//! What depends on the operating system: standard output is kept for the protocol alone, memory comes in large pages, and
+//! how much of it was held.
 use std::fs::File;
 use std::io;
 
@@ -39,16 +40,37 @@ pub(crate) fn child_environment() -> Option<(&'static str, String)> {
     None
 }
 
-/// Memory that this process has in use, in bytes, as far as the system tells.
+/// Most memory that this process has held at once, mapped files included, in bytes; 0 where the system does not tell.
 #[cfg(target_os = "linux")]
-pub(crate) fn resident_bytes() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:"))?;
-    line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok().map(|kib| kib << 10)
+pub(crate) fn peak_rss_bytes() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    peak_of(&status).unwrap_or(0)
 }
 
-/// Elsewhere it is not asked.
+/// Elsewhere it is not known.
 #[cfg(not(target_os = "linux"))]
-pub(crate) fn resident_bytes() -> Option<u64> {
-    None
+pub(crate) fn peak_rss_bytes() -> u64 {
+    0
+}
+
+/// The high-water mark in a `/proc/PID/status`, in bytes.
+#[cfg(target_os = "linux")]
+fn peak_of(status: &str) -> Option<u64> {
+    let rest = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    rest.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_high_water_mark_is_read() {
+        assert_eq!(peak_of("VmPeak:\t 9 kB\nVmHWM:\t    1234 kB\nVmRSS:\t 1 kB\n"), Some(1234 * 1024));
+        assert_eq!(
+            (peak_of(""), peak_of("VmHWM: many kB"), peak_of("VmHWM: 18446744073709551615 kB")),
+            (None, None, None)
+        );
+        assert!(peak_rss_bytes() > 1 << 20);
+    }
 }

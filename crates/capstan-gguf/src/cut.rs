@@ -32,6 +32,15 @@ pub struct Cut {
 
 /// What the shard of `range` contains; an error when the range cannot be a stage.
 pub fn cut(model: &Model, range: LayerRange) -> Result<Cut, GgufError> {
+    cut_as(model, range, range.end() < model.n_layers())
+}
+
+/// A smaller model: only the layers of `range`, with the vocabulary and the head. Under the same rules as a stage.
+pub fn excerpt(model: &Model, range: LayerRange) -> Result<Cut, GgufError> {
+    cut_as(model, range, false)
+}
+
+fn cut_as(model: &Model, range: LayerRange, headless: bool) -> Result<Cut, GgufError> {
     let n = model.n_layers();
     if range.end() > n {
         return Err(GgufError::OutOfRange { range, n_layers: n });
@@ -50,7 +59,6 @@ pub fn cut(model: &Model, range: LayerRange) -> Result<Cut, GgufError> {
         let tensors = model.tensors().iter().enumerate().map(|(i, t)| source(i, t, t.name.clone())).collect();
         return Ok(Cut { metadata, tensors });
     };
-    let headless = range.end() < n;
     let metadata = edit::window(model.metadata(), model.architecture(), model.windows(), n, range, headless);
     let mut tensors = Vec::new();
     for (i, t) in model.tensors().iter().enumerate() {

@@ -12,7 +12,7 @@ use crate::arch::{self, EmbeddingScale};
 use crate::bytes::FileBytes;
 use crate::parse::{self, Header, TensorInfo};
 use crate::shard::{self, ShardInfo};
-use crate::{GgufError, Metadata, ModelProfile, profile};
+use crate::{GgufError, Metadata, ModelProfile, Value, cut, profile, writer};
 
 /// Most files of a split model; each is mapped. 1 TB in files of 1 GB.
 pub const FILES_MAX: u32 = 1024;
@@ -236,6 +236,27 @@ impl Model {
     /// The header of the shard of a range, up to where data begins, and the size of the whole shard in bytes.
     pub fn shard_header(&self, range: LayerRange) -> Result<(Vec<u8>, u64), GgufError> {
         Ok(shard::plan(self, range)?.into_header())
+    }
+    /// The header of a model that has only these layers, besides its embeddings and head, and the size of its whole file
+    /// in bytes: what is rehearsed. Without `texts` it has no tokenizer, which may be most of a header.
+    pub fn excerpt_header(&self, range: LayerRange, texts: bool) -> Result<(Vec<u8>, u64), GgufError> {
+        let mut cut = cut::excerpt(self, range)?;
+        if !texts {
+            cut.metadata.retain(|key| !key.starts_with("tokenizer."));
+            cut.metadata.insert("tokenizer.ggml.model", Value::String("none".into()));
+            cut.metadata.insert(format!("{}.vocab_size", self.architecture), Value::U32(self.n_vocab));
+        }
+        let tensors: Vec<_> = cut.tensors.into_iter().map(|(tensor, _)| tensor).collect();
+        let layout = writer::layout(&cut.metadata, &tensors, None).ok_or_else(|| GgufError::Malformed {
+            path: self.files.first().cloned().unwrap_or_default(),
+            what: "its tensors do not fit into one file".into(),
+        })?;
+        Ok((layout.header, layout.total))
+    }
+    /// Layers at the start that are dense where the others have experts.
+    pub fn leading_dense(&self) -> u32 {
+        let key = format!("{}.leading_dense_block_count", self.architecture);
+        self.metadata.get_u32(&key).unwrap_or(0).min(self.n_layers)
     }
 
     /// Write the shard of a range. The progress callback gets bytes done and in all; when it breaks, or anything fails,

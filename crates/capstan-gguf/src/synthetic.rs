@@ -4,6 +4,9 @@
 //! Most tensors are holes, which read as zeros: memory is taken for them when they are read, as for real ones. What
 //! steers the computation is written: norms are ones, so that nothing vanishes; routers and embeddings are random, so
 //! that different tokens choose different experts. Answers are nonsense, and that is all they are for.
+//!
+//! A header may come from another machine, so it is as hostile as any file, and more is refused than in a file that is
+//! there: a size that its tensors do not account for, and more to write than norms, routers and embeddings ever take.
 use std::fs::File;
 use std::io;
 use std::ops::ControlFlow;
@@ -13,7 +16,11 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
 use crate::beginnings::{self, Beginning, Known};
-use crate::{GgufError, TensorInfo, shard, types};
+use crate::{GgufError, Model, TensorInfo, parse, shard, types};
+
+/// Most bytes that are written for a file: the embeddings of the largest vocabulary known, in f32, and as much again for
+/// the routers of a thousand layers.
+pub const WRITTEN_BYTES_MAX: u64 = 16 << 30;
 
 /// Bytes made at a time.
 const PIECE_BYTES: u64 = 4 << 20;
@@ -21,6 +28,17 @@ const PIECE_BYTES: u64 = 4 << 20;
 /// as the scales of all quantised blocks are, so that no value is infinite or not a number.
 const LEAST: u8 = 0x08;
 const MOST: u8 = 0x2f;
+
+/// Which experts a token uses.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Routing {
+    /// Routers are random, so that tokens spread over all experts, as real ones do.
+    #[default]
+    Spread,
+    /// Routers are holes, which choose the same experts for every token: the others are never read, and where the file
+    /// is mapped take no memory.
+    Same,
+}
 
 /// What a tensor that is no hole is filled with.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -40,10 +58,11 @@ pub fn is_norm_or_scale(name: &str) -> bool {
 }
 
 /// None for a hole.
-fn filling(tensor: &TensorInfo) -> Option<Filling> {
+fn filling(tensor: &TensorInfo, routing: Routing) -> Option<Filling> {
     let name = tensor.name.as_str();
     let in_f32 = tensor.ggml_type == types::F32;
-    let steers = name == "token_embd.weight" || name.ends_with("ffn_gate_inp.weight");
+    let routes = routing == Routing::Spread && name.ends_with("ffn_gate_inp.weight");
+    let steers = name == "token_embd.weight" || routes;
     match in_f32 {
         false => steers.then_some(Filling::Blocks),
         true if steers => Some(Filling::Evenly),
@@ -55,31 +74,54 @@ fn filling(tensor: &TensorInfo) -> Option<Filling> {
     }
 }
 
+/// The model of a header whose file would have `file_bytes`; `path` is for messages. Refuses what no such file can be.
+pub fn model(header: &[u8], file_bytes: u64, path: &Path) -> Result<Model, GgufError> {
+    let malformed = |what: String| GgufError::Malformed { path: path.to_owned(), what };
+    let beginning = Beginning { path: path.to_owned(), bytes: header.to_vec(), file_bytes };
+    let Known::Model(model) = beginnings::read(std::slice::from_ref(&beginning))? else {
+        return Err(malformed("its header is not complete".into()));
+    };
+    let end = model.tensors().iter().map(|t| t.offset.saturating_add(t.bytes)).max().unwrap_or(0);
+    if file_bytes.saturating_sub(end) >= u64::from(parse::ALIGNMENT_MAX) {
+        return Err(malformed(format!("it is said to have {file_bytes} bytes, and its tensors end at {end}")));
+    }
+    Ok(*model)
+}
+
+/// Writes a file of holes behind a header: as large as the model is said to be, a valid GGUF, and without any weights.
+pub fn outline(header: &[u8], file_bytes: u64, out: &File) -> io::Result<()> {
+    out.set_len(file_bytes)?;
+    shard::write_at(out, header, 0)
+}
+
 /// Writes the file of a header: `header` is all of it, `file_bytes` the size of the whole file. The progress callback
 /// gets bytes done and in all; when it breaks, or anything fails, nothing is left behind. Gives how many bytes are no
 /// holes.
 pub fn write(
     header: &[u8],
     file_bytes: u64,
+    routing: Routing,
     path: &Path,
     progress: &mut dyn FnMut(u64, u64) -> ControlFlow<()>,
 ) -> Result<u64, GgufError> {
-    let beginning = Beginning { path: path.to_owned(), bytes: header.to_vec(), file_bytes };
-    let Known::Model(model) = beginnings::read(std::slice::from_ref(&beginning))? else {
-        return Err(GgufError::Malformed { path: path.to_owned(), what: "its header is not complete".into() });
-    };
-    let fillings: Vec<(&TensorInfo, Filling)> = model.tensors().iter().filter_map(|t| Some((t, filling(t)?))).collect();
-    let total = header.len() as u64 + fillings.iter().map(|(t, _)| t.bytes).sum::<u64>();
+    let model = model(header, file_bytes, path)?;
+    let filled = |t| Some((t, filling(t, routing)?));
+    let fillings: Vec<(&TensorInfo, Filling)> = model.tensors().iter().filter_map(filled).collect();
+    let bytes = fillings.iter().fold(0u64, |sum, (t, _)| sum.saturating_add(t.bytes));
+    if bytes > WRITTEN_BYTES_MAX {
+        let what = "what its norms, routers and embeddings take".into();
+        return Err(GgufError::Limit { path: path.to_owned(), what, found: bytes, max: WRITTEN_BYTES_MAX });
+    }
+    let total = header.len() as u64 + bytes;
     shard::create(path, total, |out| {
-        out.set_len(file_bytes)?;
-        shard::write_at(out, header, 0)?;
+        outline(header, file_bytes, out)?;
         let mut done = header.len() as u64;
         for (tensor, filling) in &fillings {
             if fill(out, tensor, *filling, &mut done, total, progress)?.is_break() {
                 return Ok(ControlFlow::Break(()));
             }
         }
-        out.sync_all()?;
+        // Not flushed to the disk: nobody wants it after a power cut.
         Ok(ControlFlow::Continue(()))
     })?;
     Ok(total)

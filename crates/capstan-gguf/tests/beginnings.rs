@@ -3,6 +3,7 @@ use std::ops::ControlFlow;
 use std::path::Path;
 
 use capstan_gguf::beginnings::{Beginning, FIRST_BYTES, Known, read};
+use capstan_gguf::synthetic::Routing;
 use capstan_gguf::writer::{self, NewTensor};
 use capstan_gguf::{GgufError, Metadata, Model, Value, synthetic, types};
 use capstan_proto::LayerRange;
@@ -131,7 +132,7 @@ fn made_up_weights_make_a_file_of_the_right_size_and_shape_that_is_mostly_holes(
     let layout = writer::layout(&metadata, &tensors, None).unwrap();
     let path = dir.path().join("made-up.gguf");
     let mut go_on = |_, _| ControlFlow::Continue(());
-    let written = synthetic::write(&layout.header, layout.total, &path, &mut go_on).unwrap();
+    let written = synthetic::write(&layout.header, layout.total, Routing::Spread, &path, &mut go_on).unwrap();
     let model = Model::open(&path).unwrap();
     assert_eq!(model.bytes(), layout.total);
     assert!(written < layout.total / 50);
@@ -145,11 +146,25 @@ fn made_up_weights_make_a_file_of_the_right_size_and_shape_that_is_mostly_holes(
     assert!(data("token_embd.weight").iter().all(|b| (0x08..=0x2f).contains(b)));
     assert!(data("blk.0.ffn_down_exps.weight").iter().all(|b| *b == 0));
 
+    // With the same experts for every token the routers are holes, too.
+    let same = synthetic::write(&layout.header, layout.total, Routing::Same, &path, &mut go_on).unwrap();
+    assert_eq!(written - same, 256 * 8 * 4);
+
     let stopped = dir.path().join("stopped.gguf");
-    let stop = synthetic::write(&layout.header, layout.total, &stopped, &mut |_, _| ControlFlow::Break(()));
+    let stop =
+        synthetic::write(&layout.header, layout.total, Routing::Spread, &stopped, &mut |_, _| ControlFlow::Break(()));
     assert!(matches!(stop, Err(GgufError::Cancelled(_))));
     let half = &layout.header[..layout.header.len() / 2];
-    assert!(matches!(synthetic::write(half, layout.total, &stopped, &mut go_on), Err(GgufError::Malformed { .. })));
+    let long = synthetic::write(&layout.header, 1 << 50, Routing::Spread, &stopped, &mut go_on);
+    assert!(matches!(long, Err(GgufError::Malformed { .. })), "more than its tensors account for");
+    let norm = [tensor("token_embd.weight", &[256, 100], 12), tensor("blk.0.attn_norm.weight", &[1 << 40], types::F32)];
+    let greedy = writer::layout(&metadata, &norm, None).unwrap();
+    let greedy = synthetic::write(&greedy.header, greedy.total, Routing::Spread, &stopped, &mut go_on);
+    assert!(matches!(greedy, Err(GgufError::Limit { .. })), "a norm must not fill the disk");
+    assert!(matches!(
+        synthetic::write(half, layout.total, Routing::Spread, &stopped, &mut go_on),
+        Err(GgufError::Malformed { .. })
+    ));
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "nothing half-written is left");
 }
 

@@ -12,6 +12,14 @@ pub enum LlamaError {
         /// What llama.cpp or the operating system said.
         reason: String,
     },
+    /// The system does not let a file be mapped without reading it ahead.
+    #[error("{} cannot be loaded without reading all of it: {reason}", path.display())]
+    Sparse {
+        /// The file.
+        path: PathBuf,
+        /// Why not, and what to do.
+        reason: String,
+    },
     /// The progress callback asked to stop.
     #[error("loading {} was cancelled", .0.display())]
     Cancelled(PathBuf),

@@ -16,6 +16,7 @@
 //! | [`stage`] | a layer range behind the engine's `Stage` |
 //! | [`sampler`] | a token from logits |
 //! | [`rows`] | an embedding row from a quantised tensor |
+//! | `sparse` | mapping a file that is larger than the memory |
 //! | `rpc` | llama.cpp's own RPC, for the benchmark to compare with (feature `rpc`, never on in the product) |
 pub mod backend;
 mod batch;
@@ -28,6 +29,7 @@ pub mod rows;
 #[cfg(feature = "rpc")]
 pub mod rpc;
 pub mod sampler;
+mod sparse;
 pub mod stage;
 pub mod vocab;
 

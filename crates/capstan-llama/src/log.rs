@@ -10,7 +10,6 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use llama_cpp_sys_2 as sys;
 
-
 /// Error lines kept per thread: a failed load says its reason in the last two or three.
 const ERROR_LINES_MAX: usize = 4;
 /// Longest line kept while it waits for its end; longer ones are cut into events of this size.

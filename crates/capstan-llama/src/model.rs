@@ -9,7 +9,7 @@ use llama_cpp_sys_2 as sys;
 
 use crate::backend::{init, offloads};
 use crate::vocab::Vocab;
-use crate::{LlamaError, log};
+use crate::{LlamaError, log, sparse};
 
 /// Told the share of the weights that is read, 0 to 1; returning false ends the load with [`LlamaError::Cancelled`].
 pub type Progress = Box<dyn FnMut(f32) -> bool + Send>;
@@ -22,13 +22,16 @@ pub struct ModelOptions {
     pub mmap: bool,
     /// Take no memory for weights and caches: only sizes are wanted, and nothing can be computed.
     pub sizes_only: bool,
+    /// Take memory only for weights that are read: the file is mapped without reading ahead, and no weight is copied into
+    /// a form that is faster to compute with. For files that are larger than the memory, and mostly holes.
+    pub sparse: bool,
     /// Who hears how far it is.
     pub progress: Option<Progress>,
 }
 
 impl Default for ModelOptions {
     fn default() -> Self {
-        Self { gpu_layers: 0, mmap: true, sizes_only: false, progress: None }
+        Self { gpu_layers: 0, mmap: true, sizes_only: false, sparse: false, progress: None }
     }
 }
 
@@ -87,6 +90,11 @@ impl Model {
             params.progress_callback = Some(on_progress);
             params.progress_callback_user_data = std::ptr::from_mut(reporter).cast();
         }
+        // Copies are made of every weight of a type that has a faster form, read or not.
+        params.use_extra_bufts = !options.sparse;
+        let bytes = std::fs::metadata(path).map_or(0, |meta| meta.len());
+        let on_touch = options.sparse.then(|| sparse::OnTouch::begin(bytes)).transpose();
+        let _on_touch = on_touch.map_err(|reason| LlamaError::Sparse { path: path.to_owned(), reason })?;
         log::forget();
         // SAFETY: the path is null-terminated, `params` holds only defaults and what is set above, and the reporter
         // outlives the call, after which the callback is not used again.
@@ -101,7 +109,11 @@ impl Model {
         let facts = read_facts(ptr);
         let on_processor = !offloads(options.gpu_layers);
         let copied_bytes = log::sizes().copied_bytes;
-        let model = Self { ptr, facts, on_processor, copied_bytes, path: path.to_owned(), making_context: Mutex::new(()) };
+        let model =
+            Self { ptr, facts, on_processor, copied_bytes, path: path.to_owned(), making_context: Mutex::new(()) };
+        if options.sparse {
+            sparse::read_page_by_page(path);
+        }
         model.refuse_what_cannot_chat()?;
         Ok(Arc::new(model))
     }

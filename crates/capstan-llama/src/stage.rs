@@ -36,6 +36,8 @@ pub struct StageOptions {
     pub context: ContextOptions,
     /// Layers to offload to a GPU; negative is all.
     pub gpu_layers: i32,
+    /// Take memory only for weights that are read; see [`ModelOptions::sparse`].
+    pub sparse: bool,
     /// Who hears how far loading is.
     pub progress: Option<Progress>,
 }
@@ -43,7 +45,7 @@ pub struct StageOptions {
 impl StageOptions {
     /// A whole model that takes tokens and gives logits.
     pub fn whole(path: PathBuf, context: ContextOptions) -> Self {
-        Self { path, layers: None, input: StageInput::Tokens, context, gpu_layers: 0, progress: None }
+        Self { path, layers: None, input: StageInput::Tokens, context, gpu_layers: 0, sparse: false, progress: None }
     }
 
     /// What a child is told to load. Refuses a spec that contradicts itself.
@@ -77,6 +79,7 @@ impl StageOptions {
                 kv_unified: spec.scheduling.rollback == Rollback::Copy && spec.decode_batch > 1,
             },
             gpu_layers: spec.gpu_layers,
+            sparse: spec.sparse,
             progress: None,
         })
     }
@@ -102,8 +105,8 @@ impl LlamaStage {
     /// Loads it and checks that it does what the architecture table says: one row goes in, and the named node must
     /// appear exactly once with the expected width. It begins in epoch 0 with empty slots.
     pub fn new(options: StageOptions) -> Result<Self, LlamaError> {
-        let model_options =
-            ModelOptions { gpu_layers: options.gpu_layers, progress: options.progress, ..ModelOptions::default() };
+        let (gpu_layers, sparse, progress) = (options.gpu_layers, options.sparse, options.progress);
+        let model_options = ModelOptions { gpu_layers, sparse, progress, ..ModelOptions::default() };
         let model = Model::load(&options.path, model_options)?;
         let device = device_names(model.on_processor());
         if let Some(layers) = options.layers.filter(|l| *l != model.n_layer()) {

@@ -2,11 +2,12 @@
 use std::path::PathBuf;
 
 use capstan_proto::NodeId;
-use capstan_proto::control::{ShardRef, StageCommand, StageEvent, StageFile};
+use capstan_proto::control::{ShardRef, StageCommand, StageEvent, StageFile, StageOrder};
 use capstan_store::{Hold, StoreError};
 use tokio::sync::mpsc;
 
 use crate::node::Shared;
+use crate::rehearsal::MadeUpFile;
 use crate::runs::unless_stopped;
 use crate::stages::Events;
 use crate::throttle::Throttle;
@@ -29,6 +30,14 @@ pub(crate) struct ArrivedFile {
     pub(crate) path: PathBuf,
     /// Keeps it on the disk for as long as the stage lives.
     _hold: Option<Hold>,
+    /// Removes it when the stage has ended.
+    _made_up: Option<MadeUpFile>,
+}
+
+impl ArrivedFile {
+    fn kept(path: PathBuf, hold: Option<Hold>) -> Self {
+        Self { path, _hold: hold, _made_up: None }
+    }
 }
 
 /// What a stage's files need while they arrive.
@@ -57,7 +66,7 @@ impl Arrival<'_> {
                 StageFile::Draft => draft,
             }
         {
-            return Ok(Some(ArrivedFile { path: path.clone(), _hold: None }));
+            return Ok(Some(ArrivedFile::kept(path.clone(), None)));
         }
         if let Some(known) = known {
             let hold = self.shared.store.hold(&known.hash);
@@ -66,7 +75,7 @@ impl Arrival<'_> {
             let Some(found) = unless_stopped(commands, check).await else { return Ok(None) };
             if let Some(path) = found.map_err(trouble)? {
                 self.events.must(StageEvent::Fetched(file))?;
-                return Ok(Some(ArrivedFile { path, _hold: Some(hold) }));
+                return Ok(Some(ArrivedFile::kept(path, Some(hold))));
             }
         }
         self.events.must(StageEvent::Need(file))?;
@@ -97,7 +106,23 @@ impl Arrival<'_> {
             }
         };
         self.events.must(StageEvent::Fetched(file))?;
-        Ok(Some(ArrivedFile { path: got, _hold: Some(hold) }))
+        Ok(Some(ArrivedFile::kept(got, Some(hold))))
+    }
+
+    /// The stage's shard: made up here, or brought here. None when the stage was stopped meanwhile.
+    pub(crate) async fn shard(
+        &self,
+        order: &mut StageOrder,
+        commands: &mut mpsc::Receiver<StageCommand>,
+    ) -> Result<Option<ArrivedFile>, String> {
+        // Its header, which is megabytes, is not needed any more then.
+        let Some(made_up) = order.made_up.take() else {
+            return self.file(StageFile::Shard, order.shard, commands).await;
+        };
+        let make = self.shared.rehearsals.make(order.spec.deployment, order.spec.stage, made_up);
+        let Some(file) = unless_stopped(commands, make).await else { return Ok(None) };
+        let file = file.map_err(|e| format!("could not make its weights up: {e}"))?;
+        Ok(Some(ArrivedFile { path: file.path().to_owned(), _hold: None, _made_up: Some(file) }))
     }
 
     fn progress(&self) -> impl FnMut(u64, u64) + Send {

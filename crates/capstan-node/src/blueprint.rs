@@ -1,5 +1,6 @@
 //! What a deployment is made of, as its coordinator, its stages and its status need it.
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use capstan_planner::StagePlan;
 use capstan_proto::child::{Scheduling, StageSpec, WindowIo};
@@ -7,6 +8,7 @@ use capstan_proto::manage::{DeploymentStatus, Health, LoadRequest, StageStatus};
 use capstan_proto::{DeploymentId, Epoch, NodeId};
 
 use crate::cutter::OpenModel;
+use crate::rehearsal::MadeUp;
 
 /// What a deployment is made of.
 #[derive(Clone)]
@@ -27,6 +29,8 @@ pub(crate) struct Blueprint {
     pub(crate) remark: String,
     /// What was asked, where the placement was left to the planner.
     pub(crate) request: Option<LoadRequest>,
+    /// Weights that are made up, for a rehearsal.
+    pub(crate) rehearsal: Option<Arc<MadeUp>>,
 }
 
 impl Blueprint {
@@ -53,6 +57,7 @@ impl Blueprint {
             threads: None,
             gpu_layers: -1,
             bind: std::net::Ipv4Addr::UNSPECIFIED.into(),
+            sparse: self.rehearsal.as_ref().is_some_and(|r| r.sparse),
         }
     }
 
@@ -92,6 +97,8 @@ impl Blueprint {
             pid: None,
             shard_bytes: self.model.model.shard_bytes(s.layers),
             memory_bytes: 0,
+            kv_bytes: 0,
+            compute_bytes: 0,
             device: String::new(),
             health: Health::Loading,
             stats: Default::default(),

@@ -126,6 +126,7 @@ fn spec(
         scheduling: Scheduling { speculation_depth, rollback: wanted.rollback, ..Scheduling::default() },
         threads,
         gpu_layers,
+        sparse: false,
         bind: std::net::Ipv4Addr::LOCALHOST.into(),
     }
 }

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use capstan_cluster::MemberState;
 use capstan_proto::control::{
-    self, CLOSE_NOT_A_MEMBER, CLOSE_PROTOCOL, Done, Hello, Join, JoinReply, MEASURE_BYTES, Request, StageOrder, UnloadReply,
-    clip,
+    self, CLOSE_NOT_A_MEMBER, CLOSE_PROTOCOL, Done, Hello, Join, JoinReply, MEASURE_BYTES, Request, StageOrder,
+    UnloadReply, clip,
 };
 use capstan_proto::limits::{DECODE_SLOWDOWN_PERCENT_MAX, DECODE_SLOWDOWN_PERCENT_MIN};
 use capstan_proto::{NodeId, limits};
@@ -214,6 +214,9 @@ fn check_order(order: &StageOrder) -> Result<(), &'static str> {
     if s.model_name.len() > limits::NAME_BYTES_MAX || s.io.hidden_width as usize > limits::HIDDEN_WIDTH_MAX {
         return Err("a stage's name or width");
     }
+    if order.made_up.as_ref().is_some_and(|m| m.check().is_err()) {
+        return Err("the size of a made-up shard");
+    }
     Ok(())
 }
 
@@ -261,4 +264,48 @@ async fn welcome(shared: &Arc<Shared>, from: NodeId, connection: &Connection) ->
     frames::write(&mut send, &answer, control::JOIN_BYTES_MAX).await?;
     send.finish().ok();
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use capstan_proto::child::{StageSpec, WindowIo};
+    use capstan_proto::control::{MADE_UP_FILE_BYTES_MAX, MADE_UP_HEADER_BYTES_MAX, MadeUpShard};
+    use capstan_proto::{DeploymentId, LayerRange};
+
+    #[test]
+    fn an_order_beyond_its_bounds_is_refused_before_anything_is_made() {
+        let spec = StageSpec {
+            deployment: DeploymentId(1),
+            model_name: "m".into(),
+            // Ignored, like all paths of an order.
+            shard: "../../etc/passwd".into(),
+            layers: LayerRange::new(0, 2).unwrap(),
+            stage: 0,
+            stages: 1,
+            io: WindowIo { capture: None, hidden_width: 4, embedding_scale: 1.0 },
+            ctx: 64,
+            slots: 1,
+            ubatch: 16,
+            decode_batch: 1,
+            scheduling: Default::default(),
+            threads: None,
+            gpu_layers: 0,
+            bind: std::net::Ipv4Addr::LOCALHOST.into(),
+            sparse: false,
+        };
+        let order = |header: usize, file_bytes: u64| StageOrder {
+            spec: spec.clone(),
+            shard: None,
+            draft: None,
+            sharers: 1,
+            memory_bytes: 0,
+            made_up: Some(MadeUpShard { header: vec![0; header], file_bytes, same_experts: false }),
+        };
+        assert_eq!(check_order(&order(1000, 1 << 40)), Ok(()));
+        assert!(check_order(&order(MADE_UP_HEADER_BYTES_MAX + 1, 1 << 40)).is_err());
+        assert!(check_order(&order(1000, MADE_UP_FILE_BYTES_MAX + 1)).is_err());
+        assert!(check_order(&order(1000, 999)).is_err());
+        assert!(check_order(&StageOrder { spec: StageSpec { slots: 0, ..spec.clone() }, ..order(1, 1) }).is_err());
+    }
 }

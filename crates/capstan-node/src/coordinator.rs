@@ -257,7 +257,8 @@ impl Coordinator {
         let order = self.order(i);
         let session = if node == self.shared.id {
             // llama.cpp reads a whole model from wherever it lies, in however many files.
-            let whole = if self.stages.len() == 1 { self.blueprint.model.model.files().first().cloned() } else { None };
+            let own = self.stages.len() == 1 && self.blueprint.rehearsal.is_none();
+            let whole = if own { self.blueprint.model.model.files().first().cloned() } else { None };
             let draft = self.blueprint.scheduling.draft.clone();
             session::open_local(&self.shared, order, FileSource::Here { shard: whole, draft })
         } else {
@@ -282,9 +283,11 @@ impl Coordinator {
         let stage = &self.stages[i];
         let (cutter, draft) = (&self.shared.cutter, self.blueprint.draft.as_ref());
         let sharers = self.stages.iter().filter(|s| s.plan.node == stage.plan.node).count();
+        let rehearsal = self.blueprint.rehearsal.as_ref();
         StageOrder {
             spec: self.blueprint.spec(i, stage.io.clone()),
-            shard: cutter.known(&self.blueprint.model, stage.plan.layers),
+            made_up: rehearsal.and_then(|r| r.shards.get(i).cloned()),
+            shard: cutter.known(&self.blueprint.model, stage.plan.layers).filter(|_| rehearsal.is_none()),
             draft: draft.and_then(|draft| cutter.known(draft, draft.whole()?)),
             sharers: sharers as u16,
             memory_bytes: stage.plan.memory_bytes,
@@ -505,6 +508,8 @@ impl Coordinator {
                 shard_bytes: s.shard_bytes,
                 memory_bytes: info
                     .map_or(0, |i| i.weights_bytes.saturating_add(i.kv_bytes).saturating_add(i.compute_bytes)),
+                kv_bytes: info.map_or(0, |i| i.kv_bytes),
+                compute_bytes: info.map_or(0, |i| i.compute_bytes),
                 device: info.map(|info| info.device.chars().take(200).collect()).unwrap_or_default(),
                 health: match (s.connected, self.health) {
                     (true, _) => Health::Ready,

@@ -21,6 +21,7 @@ use crate::fleet;
 use crate::membership::{now_ms, now_s};
 use crate::node::Shared;
 use crate::placing;
+use crate::rehearsal::MadeUp;
 use crate::scheduling::Wanted;
 
 /// Load events that wait for whoever watches.
@@ -144,6 +145,10 @@ impl Deployments {
 
     /// Notes a deployment on disk, so that it comes back after a restart.
     pub(crate) fn keep(&self, b: &Blueprint) {
+        // Nobody misses a rehearsal after a restart.
+        if b.rehearsal.is_some() {
+            return;
+        }
         let Some(path) = b.model.model.files().first().cloned() else { return };
         let stage = |s: &StagePlan| SavedStage {
             node: s.node,
@@ -318,16 +323,20 @@ pub(crate) async fn load_because(
     let spares_per_stage = wanted.spares_per_stage();
     let draft_bytes = wanted.draft_bytes(ctx, ubatch);
     let options = PlanOptions { ctx, slots, spares_per_stage, draft_bytes, ubatch, nodes, layers };
-    let (placement, forecast) = placing::place(shared, &model, options).await?;
+    let sparse = request.rehearsal.is_some_and(|r| r.sparse);
+    let (placement, forecast) = placing::place(shared, &model, options, sparse).await?;
     let count = placement.stages().len();
     let unused_draft = wanted.remark(count);
     let (scheduling, draft) = wanted.scheduling(count);
     check_sequences(ctx, slots, scheduling.spares())?;
 
+    let rehearsal = request.rehearsal.map(|r| MadeUp::of(&model.model, placement.stages(), r.sparse)).transpose();
+    let rehearsal = rehearsal.map_err(bad)?.map(Arc::new);
     let whole = model.model.split_problem().filter(|_| count == 1).map(|reason| format!("it runs whole: {reason}"));
     let remarks: Vec<_> = whole.into_iter().chain(unused_draft.map(str::to_owned)).chain(remark).collect();
-    // Who named nodes or layers wants them kept, and a draft model belongs to the node that has it.
-    let movable = request.nodes.is_empty() && request.layers.is_empty() && request.draft.is_none();
+    // Who named nodes or layers wants them kept, a draft model belongs to the node that has it, and a rehearsal ends soon.
+    let named = !request.nodes.is_empty() || !request.layers.is_empty();
+    let movable = !named && request.draft.is_none() && request.rehearsal.is_none();
     let request = movable.then(|| LoadRequest { name: Some(name.clone()), ..request });
     let blueprint = Blueprint {
         id: new_id(),
@@ -341,6 +350,7 @@ pub(crate) async fn load_because(
         draft,
         created_unix_s: now_s(),
         remark: remarks.join("; "),
+        rehearsal,
         model,
         request,
     };
@@ -480,6 +490,7 @@ pub(crate) async fn resume(shared: Arc<Shared>) {
                     created_unix_s: one.created_unix_s,
                     remark: String::new(),
                     request: one.request.clone(),
+                    rehearsal: None,
                 };
                 shared.deployments.save(|saved| saved.retain(|s| s.id != one.id));
                 shared.deployments.keep(&blueprint);

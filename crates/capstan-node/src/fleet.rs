@@ -136,13 +136,14 @@ pub(crate) fn sentence(forecast: &LoadForecast) -> String {
     let most = forecast.decode.iter().filter(|d| d.depth_tokens == 0).max_by_key(|d| d.sequences);
     let mut parts = Vec::new();
     parts.extend(alone.map(|d| format!("{:.1} tokens per second for one answer", d.tokens_per_s)));
+    parts
+        .extend(most.filter(|d| d.sequences > 1).map(|d| format!("{:.1} for {} at once", d.tokens_per_s, d.sequences)));
     parts.extend(
-        most.filter(|d| d.sequences > 1).map(|d| format!("{:.1} for {} at once", d.tokens_per_s, d.sequences)),
-    );
-    parts.extend(
-        forecast.first_token.iter().find(|f| f.prompt_tokens >= 512).map(|f| {
-            format!("{:.1} s to the first token after a prompt of {} tokens", f.seconds, f.prompt_tokens)
-        }),
+        forecast
+            .first_token
+            .iter()
+            .find(|f| f.prompt_tokens >= 512)
+            .map(|f| format!("{:.1} s to the first token after a prompt of {} tokens", f.seconds, f.prompt_tokens)),
     );
     format!("forecast: {}", parts.join(", "))
 }

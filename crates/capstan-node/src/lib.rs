@@ -13,6 +13,7 @@
 //! | `scheduling` | what a load asks of the scheduler, and what follows for a placement |
 //! | `session` | a coordinator's hold on one stage, wherever it runs |
 //! | `stages`, `requests` | the stages that run here; a request's events, bounded |
+//! | `rehearsal` | weights that are made up here, for a stage that only rehearses |
 //! | `arrival`, `runs` | a stage's files come; one run of a stage follows another |
 //! | `generate` | a request's way to its driver and back |
 //! | `placing`, `moving` | where layers go; when a model is loaded anew elsewhere by itself |
@@ -44,6 +45,7 @@ mod membership;
 mod moving;
 pub mod node;
 mod placing;
+mod rehearsal;
 mod requests;
 mod runs;
 mod scheduling;

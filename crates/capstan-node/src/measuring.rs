@@ -66,7 +66,10 @@ pub(crate) async fn device_loop(shared: Arc<Shared>) {
                     Ok(true) => return,
                     Ok(false) => {}
                     Err(reason) => {
-                        tracing::warn!(reason, "this machine could not be measured; layers are dealt out as if all were alike");
+                        tracing::warn!(
+                            reason,
+                            "this machine could not be measured; layers are dealt out as if all were alike"
+                        );
                         return;
                     }
                 }
@@ -113,7 +116,10 @@ async fn device(shared: &Shared, hardware: String) -> Result<bool, String> {
 pub(crate) async fn link_loop(shared: Arc<Shared>) {
     loop {
         let mine = shared.membership.others().into_iter().find(|m| {
-            m.id > shared.id && shared.membership.online(m.id) && !shared.machine.is_busy() && !shared.view.has_link(m.id)
+            m.id > shared.id
+                && shared.membership.online(m.id)
+                && !shared.machine.is_busy()
+                && !shared.view.has_link(m.id)
         });
         if let Some(member) = mine {
             match timeout(LINK_TIMEOUT, link(&shared, member.id)).await {
@@ -161,8 +167,7 @@ async fn wire(shared: &Shared, to: NodeId, up_bytes: u32, down_bytes: u32) -> Re
     let (mut send, mut recv) = shared.client.open(to, &Request::Wire { up_bytes, down_bytes }).await?;
     frames::write_zeros(&mut send, up_bytes).await.map_err(|e| lost(e.to_string()))?;
     send.finish().ok();
-    let _: Done =
-        frames::expect(&mut recv, limits::MESSAGE_BYTES_MAX).await.map_err(|e| lost(e.to_string()))?;
+    let _: Done = frames::expect(&mut recv, limits::MESSAGE_BYTES_MAX).await.map_err(|e| lost(e.to_string()))?;
     frames::skip(&mut recv, down_bytes).await.map_err(|e| lost(e.to_string()))?;
     Ok(began.elapsed())
 }
@@ -190,7 +195,9 @@ mod tests {
         ] {
             assert_ne!(one, other);
         }
-        assert!(hardware(&[device(&"ä".repeat(5000))], None, 0, "1").len() <= capstan_proto::device::HARDWARE_BYTES_MAX);
+        assert!(
+            hardware(&[device(&"ä".repeat(5000))], None, 0, "1").len() <= capstan_proto::device::HARDWARE_BYTES_MAX
+        );
     }
 
     #[test]

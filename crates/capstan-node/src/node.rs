@@ -29,6 +29,7 @@ use crate::machine::Machine;
 use crate::measuring;
 use crate::membership::Membership;
 use crate::moving;
+use crate::rehearsal::Rehearsals;
 use crate::stages::StageHost;
 use crate::view::View;
 
@@ -94,6 +95,7 @@ pub(crate) struct Shared {
     pub(crate) machine: Arc<Machine>,
     pub(crate) stages: StageHost,
     pub(crate) cutter: Cutter,
+    pub(crate) rehearsals: Rehearsals,
     pub(crate) deployments: Deployments,
     /// Something changed that every member should hear of now.
     pub(crate) deployments_changed: Notify,
@@ -307,6 +309,7 @@ impl Node {
             client: ControlClient::new(endpoint.clone(), membership.clone(), build),
             machine: Arc::new(Machine::new(config.memory_limit_bytes, config.gpu_layers)),
             cutter: Cutter::open(&config.data_dir)?,
+            rehearsals: Rehearsals::open(&config.data_dir)?,
             deployments: Deployments::open(&config.data_dir)?,
             config,
             build,

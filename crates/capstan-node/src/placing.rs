@@ -10,11 +10,12 @@ use crate::deployments::Movable;
 use crate::fleet::Fleet;
 use crate::node::Shared;
 
-/// A placement, and how fast it will be if that is known.
+/// A placement, and how fast it will be if that is known. Of a sparse model's weights none count.
 pub(crate) async fn place(
     shared: &Arc<Shared>,
     model: &OpenModel,
     options: PlanOptions,
+    sparse: bool,
 ) -> Result<(Placement, Option<LoadForecast>), ManageError> {
     let wanted = buffers::Wanted {
         ctx: options.ctx,
@@ -24,7 +25,7 @@ pub(crate) async fn place(
         rollback: model.rollback(),
     };
     let buffers = buffers::of(shared, model, wanted).await;
-    place_on(Fleet::of(shared), model, options, buffers).await
+    place_on(Fleet::of(shared), model, options, buffers, sparse).await
 }
 
 /// The best placement of a model that is served already, on nodes that have free what it holds there; none when there is
@@ -48,7 +49,7 @@ pub(crate) async fn again(shared: &Arc<Shared>, one: &Movable, fleet: Fleet) -> 
         rollback: one.model.rollback(),
     };
     let buffers = buffers::of(shared, &one.model, wanted).await;
-    place_on(fleet, &one.model, options, buffers).await.ok().map(|(placement, _)| placement)
+    place_on(fleet, &one.model, options, buffers, false).await.ok().map(|(placement, _)| placement)
 }
 
 async fn place_on(
@@ -56,16 +57,23 @@ async fn place_on(
     model: &OpenModel,
     options: PlanOptions,
     buffers: Option<Buffers>,
+    sparse: bool,
 ) -> Result<(Placement, Option<LoadForecast>), ManageError> {
     let model = model.model.clone();
     // Trying every order of several nodes for a deep model takes a moment; the daemon goes on meanwhile.
     let planned = tokio::task::spawn_blocking(move || {
         let profile = model.profile();
         let (ctx, slots, ubatch) = (options.ctx, options.slots, options.ubatch);
+        let mut sizes = Sizes { buffers, ..Sizes::of(&profile) };
+        if sparse {
+            // What is never read takes no memory; which weights are, nobody knows before.
+            sizes.weight_bytes.fill(0);
+            sizes.ends_bytes = 0;
+        }
         let placement = plan(&PlanInput {
             nodes: fleet.nodes(&profile),
             links: fleet.links(),
-            sizes: &Sizes { buffers, ..Sizes::of(&profile) },
+            sizes: &sizes,
             window_problem: &|range| model.window_problem(range),
             split_problem: model.split_problem(),
             options,

@@ -198,7 +198,7 @@ impl StageTask<'_> {
             )
         })?;
         let arrival = Arrival { shared, source, events: &events };
-        let Some(shard) = arrival.file(StageFile::Shard, order.shard, &mut commands).await? else { return Ok(()) };
+        let Some(shard) = arrival.shard(&mut order, &mut commands).await? else { return Ok(()) };
         order.spec.shard = shard.path.clone();
         let mut draft = None;
         if order.spec.scheduling.draft.is_some() {

@@ -75,6 +75,7 @@ fn request(path: &Path) -> LoadRequest {
         draft: None,
         prefix_cache: None,
         decode_slowdown: None,
+        rehearsal: None,
     }
 }
 

@@ -11,6 +11,7 @@
 //! | [`plan`](mod@plan) | which layers go where on the nodes of a cluster, or a sentence that says why nowhere |
 //! | [`shape`] | a model's shape from its public configuration, and the profile of a quantisation of it |
 //! | [`quant`] | how many bits the weights of a quantisation take |
+//! | [`header`] | a GGUF header made from a shape, so that it can be rehearsed |
 //! | [`models`] | the catalogue of large models |
 //! | [`machines`] | the catalogue of machines, what they reach, and lists of them as people type them |
 //! | [`machine_file`] | machines of one's own from TOML |
@@ -30,6 +31,7 @@ pub mod answer;
 pub mod arrange;
 pub mod cost;
 pub mod forecast;
+pub mod header;
 pub mod links;
 pub mod machine_file;
 pub mod machines;

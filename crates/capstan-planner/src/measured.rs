@@ -105,10 +105,7 @@ fn at(points: &[Point], rows: f64) -> f64 {
         [only] => value(only).1 * (rows / value(only).0).max(1.0),
         [.., a, b] if rows >= f64::from(a.rows) => line(value(a), value(b)).max(value(a).1),
         [first, ..] if rows <= f64::from(first.rows) => value(first).1,
-        _ => points
-            .windows(2)
-            .find(|w| rows <= f64::from(w[1].rows))
-            .map_or(0.0, |w| line(value(&w[0]), value(&w[1]))),
+        _ => points.windows(2).find(|w| rows <= f64::from(w[1].rows)).map_or(0.0, |w| line(value(&w[0]), value(&w[1]))),
     }
 }
 

@@ -317,7 +317,8 @@ impl<'a> Search<'a> {
         if let Some((bound, _)) = self.partition(order, &slowest, f64::max) {
             let uneven = |node: &NodeResources, range| {
                 let need = need(range) as f64;
-                (fits(node, range) && self.work(node, range) <= bound).then(|| need * need / (node.free_bytes.max(1) as f64))
+                (fits(node, range) && self.work(node, range) <= bound)
+                    .then(|| need * need / (node.free_bytes.max(1) as f64))
             };
             if let Some((_, ranges)) = self.partition(order, &uneven, |a, b| a + b) {
                 return self.explained(order, ranges, why);
@@ -437,7 +438,8 @@ impl<'a> Search<'a> {
         let nodes = &self.input.nodes;
         let kind = |n: &NodeResources| {
             let times = n.times.clone()?;
-            Some(Kind { count: 1, usable_bytes: n.free_bytes, layers_s: times.layers_s, head_s: times.head_s })
+            let (layers_s, head_s) = (times.layers_s, times.head_s);
+            Some(Kind { count: 1, usable_bytes: n.free_bytes, layers_s, head_s, required: 0, holds: None })
         };
         let kinds = nodes.iter().map(kind).collect::<Option<Vec<_>>>()?;
         let hop = |a: usize, b: usize| match &self.input.links {
@@ -465,7 +467,9 @@ impl<'a> Search<'a> {
         let order: Vec<_> = found.stages.iter().filter_map(|&(kind, _)| nodes.get(kind)).collect();
         let why = match order[..] {
             [only] => format!("{} alone is fastest, by what was measured", only.name),
-            _ => format!("these {} nodes in this order give a token the shortest way, by what was measured", order.len()),
+            _ => {
+                format!("these {} nodes in this order give a token the shortest way, by what was measured", order.len())
+            }
         };
         self.in_order(&order, &why).ok()
     }

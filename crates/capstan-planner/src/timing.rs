@@ -127,7 +127,8 @@ fn attention_s(l: &LayerProfile, rates: &Rates, batch: Batch) -> f64 {
         }
     };
     let reading = read * l.kv_bytes_per_token as f64 / rates.kv_bytes_per_s;
-    state_s(l, rates, batch) + reading.max(looked_at * l.attention_flops_per_position as f64 / rates.attention_flops_per_s)
+    state_s(l, rates, batch)
+        + reading.max(looked_at * l.attention_flops_per_position as f64 / rates.attention_flops_per_s)
 }
 
 /// Reading and writing the recurrent state of each sequence.

@@ -104,6 +104,9 @@ pub struct StageSpec {
     pub gpu_layers: i32,
     /// Address to listen on for the previous stage.
     pub bind: IpAddr,
+    /// Take memory only for weights that are read: nothing is read ahead, and none are copied into another form. For a
+    /// rehearsal of a model that is larger than the memory.
+    pub sparse: bool,
 }
 
 /// A stage's place in the ring: it dials `next` and accepts `prev`. The driver's `next` is stage 0. Both are none for a
@@ -184,6 +187,9 @@ pub struct ChildStats {
     pub cached_tokens: u64,
     /// Bytes sent to the next stage in this epoch.
     pub bytes_sent: u64,
+    /// Most memory that the process has held at once since it started, weights that are mapped included, in bytes; 0
+    /// where the system does not tell.
+    pub peak_rss_bytes: u64,
 }
 
 /// Child to daemon.

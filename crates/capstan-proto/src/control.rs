@@ -39,6 +39,11 @@ pub const DEPLOYMENTS_MAX: usize = 64;
 pub const MEASURE_BYTES: u32 = 16 << 20;
 /// Longest sentence that a peer may send, in bytes.
 pub const REASON_BYTES_MAX: usize = 4096;
+/// Largest header of a shard whose weights are to be made up: it travels in one message, beside the rest of an order.
+/// Vocabularies with their merges take about 10 MB.
+pub const MADE_UP_HEADER_BYTES_MAX: usize = limits::MESSAGE_BYTES_MAX - (1 << 20);
+/// Largest file of made-up weights: a file of ext4.
+pub const MADE_UP_FILE_BYTES_MAX: u64 = 16 << 40;
 /// Close code of a connection that its key does not entitle to.
 pub const CLOSE_NOT_A_MEMBER: u32 = 403;
 /// Close code of a connection whose sides share no version, or that broke the protocol.
@@ -242,6 +247,32 @@ pub struct StageOrder {
     pub sharers: u16,
     /// Memory that the placement counts on, in bytes; the node refuses when it has less.
     pub memory_bytes: u64,
+    /// Make the shard's weights up instead of bringing the shard here.
+    pub made_up: Option<MadeUpShard>,
+}
+
+/// A shard whose weights each node makes up for itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MadeUpShard {
+    /// The GGUF's header, up to where data begins.
+    pub header: Vec<u8>,
+    /// Size of the whole file in bytes.
+    pub file_bytes: u64,
+    /// Let every token choose the same experts.
+    pub same_experts: bool,
+}
+
+impl MadeUpShard {
+    /// Refuses what exceeds a bound. Whether the header is one is for whoever makes the file.
+    pub fn check(&self) -> Result<(), OutOfBounds> {
+        if self.header.len() > MADE_UP_HEADER_BYTES_MAX {
+            return Err(OutOfBounds("the length of a made-up shard's header"));
+        }
+        if self.file_bytes > MADE_UP_FILE_BYTES_MAX || self.file_bytes < self.header.len() as u64 {
+            return Err(OutOfBounds("the size of a made-up shard"));
+        }
+        Ok(())
+    }
 }
 
 /// Coordinator to a stage's node, on the stage's stream.

@@ -41,6 +41,18 @@ pub struct LoadRequest {
     /// How many times as long a decode step may take while prompts come in; none is 1.75.
     #[serde(default)]
     pub decode_slowdown: Option<f32>,
+    /// Make up weights of the model's shape on each node instead of bringing its own there; none serves the model.
+    #[serde(default)]
+    pub rehearsal: Option<Rehearsal>,
+}
+
+/// How a model is rehearsed: loaded and computed on as it would be, with weights that are made up.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rehearsal {
+    /// Take memory only for weights that are read, and let every token choose the same experts, so that a model can be
+    /// loaded which is far larger than the memory. Says nothing about speed.
+    #[serde(default)]
+    pub sparse: bool,
 }
 
 /// How fast a placement will be, by what was measured of its nodes and links.
@@ -251,6 +263,10 @@ pub struct StageStatus {
     pub shard_bytes: u64,
     /// Weights, KV and compute buffers in bytes, as the process measured them.
     pub memory_bytes: u64,
+    /// Of which KV cache and other memory of sequences.
+    pub kv_bytes: u64,
+    /// Of which compute buffers.
+    pub compute_bytes: u64,
     /// The devices that compute, for people.
     pub device: String,
     /// How it is.

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::commands::{bench, cluster, compute, lifecycle, models, plan, run, settings};
+use crate::commands::{bench, cluster, compute, lifecycle, models, plan, rehearse, run, settings};
 use crate::config::{Auto, LogFormat, Switch, parse};
 
 const EXAMPLES: &str = "\
@@ -131,6 +131,9 @@ pub enum Command {
     /// Measure a running server: TTFT, ITL and throughput
     #[command(after_help = bench::EXAMPLES)]
     Bench(bench::BenchArgs),
+    /// Measure how fast a model will be here before fetching it: the real thing, with weights that are made up
+    #[command(after_help = rehearse::EXAMPLES)]
+    Rehearse(rehearse::RehearseArgs),
     /// Leave the cluster; this node is then alone in a new one
     #[command(after_help = cluster::LEAVE_EXAMPLES)]
     Leave,

@@ -154,6 +154,11 @@ impl Client {
         Ok(LoadEvents(self.stream(response)))
     }
 
+    /// Asks for a whole completion.
+    pub async fn complete(&self, body: Value, timeout: Duration) -> Result<Value, ClientError> {
+        self.call(Method::POST, "/v1/completions", Some(body), timeout).await
+    }
+
     /// Asks for a streamed chat answer; the lines of its event stream follow.
     pub async fn chat(&self, body: Value) -> Result<LineStream, ClientError> {
         let response = self.send(Method::POST, "/v1/chat/completions", Some(body), None).await?;

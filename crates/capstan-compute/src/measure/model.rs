@@ -86,7 +86,8 @@ impl Shape {
         }
         let impossible = || GgufError::Malformed { path: path.to_owned(), what: "a tensor has no such shape".into() };
         let layout = writer::layout(&metadata, &tensors, None).ok_or_else(impossible)?;
-        synthetic::write(&layout.header, layout.total, path, &mut |_, _| std::ops::ControlFlow::Continue(()))?;
+        let on = &mut |_, _| std::ops::ControlFlow::Continue(());
+        synthetic::write(&layout.header, layout.total, synthetic::Routing::Spread, path, on)?;
         Ok(())
     }
 }

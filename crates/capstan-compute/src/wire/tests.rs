@@ -151,6 +151,7 @@ fn spec(stage: usize) -> StageSpec {
         threads: None,
         gpu_layers: 0,
         bind: IpAddr::V4(Ipv4Addr::LOCALHOST),
+        sparse: false,
     }
 }
 

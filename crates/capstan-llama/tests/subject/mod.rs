@@ -50,6 +50,7 @@ impl Subject {
             input: StageInput::Hidden { width },
             context: ContextOptions { capture: io.capture.map(|node| Capture { node, width }), ..context.clone() },
             gpu_layers: 0,
+            sparse: false,
             progress: None,
         })
     }

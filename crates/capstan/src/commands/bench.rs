@@ -34,7 +34,7 @@ use server::{Endpoint, Form, Model, Server};
 mod failure;
 mod grid;
 mod interference;
-mod interrupt;
+pub(crate) mod interrupt;
 mod prompts;
 mod report;
 mod server;

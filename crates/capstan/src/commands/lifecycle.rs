@@ -249,8 +249,17 @@ fn spawn(config: &Config, log: File) -> Result<Child> {
     if let Some(file) = &config.file {
         command.arg("--config").arg(file);
     }
-    let node_keys =
-        ["name", "api_addr", "bind_addr", "threads", "memory_limit", "gpu_layers", "measure", "log_level", "log_format"];
+    let node_keys = [
+        "name",
+        "api_addr",
+        "bind_addr",
+        "threads",
+        "memory_limit",
+        "gpu_layers",
+        "measure",
+        "log_level",
+        "log_format",
+    ];
     for setting in config.shown().into_iter().filter(|s| node_keys.contains(&s.key)) {
         // A default stays one: the node may know better, such as the name it had before.
         if setting.source != Source::Default {

@@ -13,6 +13,7 @@ pub mod daemon;
 pub mod lifecycle;
 pub mod models;
 pub mod plan;
+pub mod rehearse;
 pub mod run;
 pub mod settings;
 
@@ -62,6 +63,7 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
             Command::Run(args) => run::run(&config, &args, json).await,
             Command::Plan(args) => plan::plan(&config, &args, json).await,
             Command::Bench(args) => bench::run(&config, &args, json).await,
+            Command::Rehearse(args) => rehearse::run(&config, &args, json).await,
             Command::Config(_) => settings::config(&config, json),
             Command::Completions(_) | Command::Compute(_) => Ok(ExitCode::SUCCESS),
         }

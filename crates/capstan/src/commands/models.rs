@@ -108,6 +108,7 @@ pub fn request(config: &Config, model: &Path, draft: Option<&Path>) -> Result<Lo
         draft: draft.map(model_path).transpose()?,
         prefix_cache: Some(config.prefix_cache.value.is_on()),
         decode_slowdown: Some(config.decode_slowdown.value),
+        rehearsal: None,
     })
 }
 
@@ -163,7 +164,8 @@ pub fn model_path(path: &Path) -> Result<String> {
     }
 }
 
-fn parse_layers(text: &str) -> Result<(String, LayerRange), String> {
+/// `NODE=START..END`.
+pub fn parse_layers(text: &str) -> Result<(String, LayerRange), String> {
     let (node, range) = text.split_once('=').ok_or_else(|| format!("{text:?} is not NODE=START..END"))?;
     if node.is_empty() {
         return Err(format!("{text:?} names no node; write NODE=START..END"));

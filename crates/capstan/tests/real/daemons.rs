@@ -43,7 +43,8 @@ pub async fn try_capstan(data_dir: &Path, args: &[&str]) -> (bool, String, Strin
     (output.status.success(), text(&output.stdout), text(&output.stderr))
 }
 
-fn command(data_dir: &Path) -> Command {
+/// The command line tool on a data folder, in a clean environment.
+pub fn command(data_dir: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_capstan"));
     // Nothing of the machine's own set-up may leak in.
     for (key, _) in std::env::vars_os() {

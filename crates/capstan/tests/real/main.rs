@@ -7,4 +7,5 @@ mod leaks;
 mod openai_client;
 mod pipeline;
 mod prefix;
+mod rehearse;
 mod speculation;

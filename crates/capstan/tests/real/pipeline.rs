@@ -132,6 +132,7 @@ impl Pipeline {
                 threads: Some(1),
                 gpu_layers: 0,
                 bind: IpAddr::V4(Ipv4Addr::LOCALHOST),
+                sparse: false,
             };
             let label = format!("stage {index}");
             let (sender, receiver) =
