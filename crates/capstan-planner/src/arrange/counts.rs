@@ -70,10 +70,10 @@ impl Search<'_> {
                 }
             }
             let used_gain_s: f64 = odometer.present().map(|k| rest.gain_s(k, odometer.used[k])).sum();
-            for l in least..=most {
+            for (l, prefix) in next.iter_mut().enumerate().take(most + 1).skip(least) {
                 let rest_s = rest.least_s(l, all_gain_s - used_gain_s).max(self.rest_s[l]);
-                if next[l] + rest_s > bound {
-                    next[l] = f64::INFINITY;
+                if *prefix + rest_s > bound {
+                    *prefix = f64::INFINITY;
                 }
             }
             let first = (least..=most).find(|&l| next[l].is_finite());

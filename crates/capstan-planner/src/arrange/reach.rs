@@ -181,10 +181,10 @@ impl Search<'_> {
             offer(&mut best, order);
         }
         for _ in 0..EXCHANGE_ROUNDS {
-            let Some((before, order)) = best.clone() else { return None };
+            let (before, order) = best.clone()?;
             for i in 0..order.len() {
                 for j in i + 1..order.len() {
-                    let Some((time, mut tried)) = best.clone() else { return None };
+                    let (time, mut tried) = best.clone()?;
                     tried.swap(i, j);
                     if self.along(&tried, time * (1.0 - super::ROUNDING)).is_some() {
                         offer(&mut best, tried);

@@ -132,10 +132,10 @@ impl Prices<'_> {
         // Gains up to each border, and the borders that may be the best start, the least gain first.
         let (mut upto, mut gains): (f64, Vec<f64>) = (0.0, Vec::with_capacity(n + 1));
         let (mut queue, mut front): (Vec<usize>, usize) = (Vec::with_capacity(n + 1), 0);
-        for end in 0..=n {
+        for (end, &from) in froms.iter().enumerate() {
             if end > 0 {
                 upto += self.price_s[end - 1] - kind.layers_s[end - 1];
-                while front < queue.len() && queue[front] < froms[end] {
+                while front < queue.len() && queue[front] < from {
                     front += 1;
                 }
                 if let Some(&start) = queue.get(front) {
