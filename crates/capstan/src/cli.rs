@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::commands::{bench, cluster, compute, lifecycle, models, run, settings};
+use crate::commands::{bench, cluster, compute, doctor, lifecycle, models, run, settings};
 use crate::config::{Auto, LogFormat, Switch, parse};
 
 const EXAMPLES: &str = "\
@@ -123,6 +123,9 @@ pub enum Command {
     /// Measure a running server: TTFT, ITL and throughput
     #[command(after_help = bench::EXAMPLES)]
     Bench(bench::BenchArgs),
+    /// Say what holds this machine back, and the commands that mend it
+    #[command(after_help = doctor::EXAMPLES)]
+    Doctor(doctor::DoctorArgs),
     /// Leave the cluster; this node is then alone in a new one
     #[command(after_help = cluster::LEAVE_EXAMPLES)]
     Leave,

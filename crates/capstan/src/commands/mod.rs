@@ -10,6 +10,7 @@ pub mod bench;
 pub mod cluster;
 pub mod compute;
 pub mod daemon;
+pub mod doctor;
 pub mod lifecycle;
 pub mod models;
 pub mod run;
@@ -59,6 +60,7 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
             Command::Unload(args) => models::unload(&config, &args, json).await,
             Command::Run(args) => run::run(&config, &args, json).await,
             Command::Bench(args) => bench::run(&config, &args, json).await,
+            Command::Doctor(args) => doctor::run(&config, &args, json).await,
             Command::Config(_) => settings::config(&config, json),
             Command::Completions(_) | Command::Compute(_) => Ok(ExitCode::SUCCESS),
         }
