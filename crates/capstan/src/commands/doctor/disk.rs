@@ -88,6 +88,11 @@ impl Mount {
             }
             _ => {}
         }
+        if ["/dev/vd", "/dev/xvd"].iter().any(|disk| self.what.starts_with(disk)) {
+            // They call themselves turning whatever is below.
+            return Finding::unknown(check, format!("{found}; a virtual disk does not say what it lies on"))
+                .source(BLOCK);
+        }
         match self.rotates(root) {
             Some(true) => Finding::new(check, State::Warning, format!("{found}, a disk that turns"))
                 .why(
@@ -269,6 +274,8 @@ mod tests {
         let mount = Mount::find(MOUNTS, Path::new("/data")).unwrap();
         assert_eq!(mount.rotates(&root), Some(true));
         assert_eq!(mount.finding(Path::new("/data"), &root).state, State::Warning);
+        let on_virtual = Mount { what: "/dev/vda1".into(), ..mount.clone() };
+        assert_eq!(on_virtual.finding(Path::new("/data"), &root).state, State::Unknown);
         assert_eq!(Mount { device: "../..".into(), what: "/dev/../x".into(), ..mount }.rotates(&root), None);
     }
 

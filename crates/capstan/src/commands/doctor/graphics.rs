@@ -44,7 +44,8 @@ pub struct Card {
     pub shared_bytes: Option<u64>,
     /// Version of the firmware that schedules its work (MES).
     pub scheduler_firmware: Option<u32>,
-    level: Option<String>,
+    /// How its clock is chosen: `auto`, or what somebody set by hand.
+    pub level: Option<String>,
 }
 
 impl Card {
@@ -382,7 +383,7 @@ mod tests {
     #[test]
     fn a_file_is_for_its_owner_its_group_or_all() {
         let user = User { id: 1000, groups: vec![44, 1000] };
-        let file = |mode, uid, gid| Owner { mode: 0o020_000 | mode, uid, gid };
+        let file = |mode: u32, uid, gid| Owner { mode: 0o020_000 | mode, uid, gid };
         assert!(
             user.may_use(file(0o660, 0, 44)) && user.may_use(file(0o666, 0, 0)) && user.may_use(file(0o600, 1000, 0))
         );

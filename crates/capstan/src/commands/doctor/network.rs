@@ -110,9 +110,11 @@ impl Card {
         let found = format!("{}: {mtu} bytes", self.name);
         let (state, why) = match mtu {
             ..MTU_MIN => (State::Problem, "QUIC, over which nodes talk, needs packets of 1280 bytes."),
-            ..MTU_ENOUGH => {
-                (State::Warning, "Smaller packets than Ethernet's 1500 bytes cost more work for each byte.")
-            }
+            ..MTU_ENOUGH => (
+                State::Warning,
+                "Smaller packets than Ethernet's 1500 bytes cost more work for each byte. Leave it where a tunnel or a \
+                 cloud's network asks for it.",
+            ),
             _ => return Some(Finding::ok(Check::Mtu, found).source(QUIC_SIZE)),
         };
         let mend = self.command("sudo ip link set dev ", " mtu 1500");
