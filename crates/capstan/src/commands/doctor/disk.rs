@@ -202,7 +202,9 @@ fn judge_room(room: Option<(u64, u64)>) -> Finding {
     let found = format!("{} of {} free", view::bytes(free), view::bytes(total));
     let (state, why) = match free {
         ..ROOM_MIN => (State::Problem, "No shard of a model worth splitting fits."),
-        ..ROOM_ENOUGH => (State::Warning, "A quarter of a model of a trillion parameters at 2.9 bits takes 94 GB."),
+        ROOM_MIN..ROOM_ENOUGH => {
+            (State::Warning, "A quarter of a model of a trillion parameters at 2.9 bits takes 94 GB.")
+        }
         _ => return Finding::ok(check, found),
     };
     Finding::new(check, state, found).why(why).mend(["capstan up --data-dir /FOLDER/WITH/MORE/ROOM"])

@@ -1,11 +1,14 @@
 //! What a check found: its state, the reason, and the commands that mend it; for people and for programs.
 use clap::ValueEnum;
 use serde::Serialize;
+use unicode_width::UnicodeWidthStr;
 
 use crate::view;
 
 /// Longest text of a finding, in characters: what a hostile file says must not fill the screen.
 const FOUND_CHARS_MAX: usize = 400;
+/// Columns of a reason: with its indent it fits a window of 100. Commands are never broken, for they are copied.
+const WHY_COLUMNS: usize = 79;
 
 /// Every check, in the order of the report. Each makes at least one finding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, ValueEnum)]
@@ -202,13 +205,28 @@ fn lines(finding: &Finding, width: usize) -> String {
         return text;
     }
     let indent = " ".repeat(width + 6);
-    if !finding.why.is_empty() {
-        text.push_str(&format!("\n{indent}{}", view::plain(&finding.why)));
+    for line in wrap(&view::plain(&finding.why), WHY_COLUMNS) {
+        text.push_str(&format!("\n{indent}{line}"));
     }
     for command in &finding.mend {
         text.push_str(&format!("\n{indent}$ {}", view::plain(command)));
     }
     text
+}
+
+/// A text in lines of at most so many columns; a longer word has a line of its own.
+fn wrap(text: &str, columns: usize) -> Vec<String> {
+    let mut lines: Vec<String> = vec![];
+    for word in text.split_whitespace() {
+        match lines.last_mut() {
+            Some(line) if line.width() + 1 + word.width() <= columns => {
+                line.push(' ');
+                line.push_str(word);
+            }
+            _ => lines.push(word.to_owned()),
+        }
+    }
+    lines
 }
 
 fn summary(findings: &[Finding]) -> String {
@@ -243,6 +261,12 @@ mod tests {
         assert!(text.contains("✗ governor   powersave\u{FFFD}[2J\n") && text.contains("$ sudo x"), "{text}");
         assert!(text.contains("1 thing holds this machine back; 1 thing is not known."), "{text}");
         assert!(!text.contains("not shown"));
+    }
+
+    #[test]
+    fn reasons_are_wrapped_between_words() {
+        assert_eq!(wrap("one two  three", 7), ["one two", "three"]);
+        assert_eq!((wrap("", 7), wrap("longer-than-that x", 7)), (vec![], vec!["longer-than-that".into(), "x".into()]));
     }
 
     #[test]

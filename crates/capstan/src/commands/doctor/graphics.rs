@@ -137,7 +137,7 @@ impl Sharing {
         let share = self.usable() / (installed / 100).max(1);
         let state = match share {
             SHARE_ENOUGH.. => return Finding::ok(Check::GraphicsMemory, found).source(AMD_GUIDE),
-            SHARE_LITTLE.. => State::Warning,
+            SHARE_LITTLE..SHARE_ENOUGH => State::Warning,
             _ => State::Problem,
         };
         let pages = wanted / PAGE_BYTES;

@@ -110,7 +110,7 @@ impl Card {
         let found = format!("{}: {mtu} bytes", self.name);
         let (state, why) = match mtu {
             ..MTU_MIN => (State::Problem, "QUIC, over which nodes talk, needs packets of 1280 bytes."),
-            ..MTU_ENOUGH => (
+            MTU_MIN..MTU_ENOUGH => (
                 State::Warning,
                 "Smaller packets than Ethernet's 1500 bytes cost more work for each byte. Leave it where a tunnel or a \
                  cloud's network asks for it.",
