@@ -32,10 +32,10 @@ pub enum Check {
     LargePages,
     /// Which graphics units are here.
     Graphics,
-    /// What a unit that shares main memory may use of it.
-    GraphicsMemory,
     /// What the BIOS takes of main memory for graphics.
     CarveOut,
+    /// What a unit that shares main memory may use of it.
+    GraphicsMemory,
     /// Whether memory accesses of devices are translated.
     Iommu,
     /// Whether this user may compute on the graphics units.
@@ -80,7 +80,7 @@ impl Check {
         match self {
             Self::Processor | Self::Limits | Self::Governor | Self::ProcessorClock | Self::Power => "Processor",
             Self::Memory | Self::Swap | Self::LargePages => "Memory",
-            Self::Graphics | Self::GraphicsMemory | Self::CarveOut | Self::Iommu | Self::GraphicsAccess => "Graphics",
+            Self::Graphics | Self::CarveOut | Self::GraphicsMemory | Self::Iommu | Self::GraphicsAccess => "Graphics",
             Self::Kernel | Self::Firmware | Self::Backends => "Software",
             Self::Link | Self::Mtu | Self::LinkErrors | Self::Mdns | Self::Firewall => "Network",
             Self::Disk | Self::DiskSpace | Self::DiskSpeed => "Disk",

@@ -142,10 +142,11 @@ impl Sharing {
         };
         let pages = wanted / PAGE_BYTES;
         let mut why = format!(
-            "The kernel lets graphics use half the memory unless `ttm.pages_limit` says otherwise; {} leave {} for the \
-             system. The kernel parameters ttm.pages_limit={pages} ttm.page_pool_size={pages} do the same.",
+            "The kernel lets graphics use half the memory unless told otherwise; {} leave {} for the system. The kernel \
+             parameters {module}.pages_limit={pages} {module}.page_pool_size={pages} do the same.",
             view::bytes(wanted),
-            view::bytes(installed - wanted)
+            view::bytes(installed - wanted),
+            module = ttm.module
         );
         if self.carves_too_much() {
             why.push_str(" Reduce the carve-out first: until then the system does not have that much.");

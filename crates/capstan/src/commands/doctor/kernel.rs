@@ -6,7 +6,7 @@ use super::system::{Family, System, reboot};
 
 /// First kernel of kernel.org with the two corrections that computing on a Ryzen AI Max needs.
 const KERNEL_MIN: (u32, u32, u32) = (6, 18, 4);
-/// First kernel under which ROCm sees more than 15.5 GB there.
+/// First kernel under which ROCm sees more than 15.5 GB of a carve-out there.
 const KERNEL_SEES_MEMORY: (u32, u32, u32) = (6, 16, 9);
 /// First builds of Ubuntu's kernels with these corrections: flavour, version, number of the build.
 const UBUNTU_MIN: [(&str, (u32, u32, u32), u32); 2] = [("generic", (6, 17, 0), 19), ("oem", (6, 14, 0), 1018)];
@@ -84,8 +84,8 @@ fn kernel(text: Option<String>, system: &System, is_known: bool) -> Finding {
     }
     let (why, source) = if release.version < KERNEL_SEES_MEMORY {
         (
-            "Before 6.16.9 ROCm sees no more than 15.5 GB of memory on this graphics unit, and before 6.18.4 it may \
-             fail to start.",
+            "Before 6.16.9 ROCm sees 15.5 GB of a larger carve-out, and before 6.18.4 it may fail to start or misbehave \
+             on this graphics unit. Vulkan does not use that part of the kernel.",
             SEES_15_GB,
         )
     } else {

@@ -69,7 +69,7 @@ impl Processor {
             return Finding::unknown(Check::Processor, "the system does not name its processor");
         };
         let machine = if self.virtual_machine { ", in a virtual machine" } else { "" };
-        let found = format!("{model}, {} cores, {} threads{machine}", self.cores, self.threads);
+        let found = format!("{model}, cores: {}, threads: {}{machine}", self.cores, self.threads);
         if self.is_ryzen_ai_max() {
             return Finding::ok(Check::Processor, found);
         }
