@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::commands::{bench, cluster, compute, lifecycle, models, plan, rehearse, run, settings};
+use crate::commands::{bench, cluster, compute, doctor, lifecycle, models, plan, rehearse, run, settings};
 use crate::config::{Auto, LogFormat, Switch, parse};
 
 const EXAMPLES: &str = "\
@@ -134,6 +134,9 @@ pub enum Command {
     /// Measure how fast a model will be here before fetching it: the real thing, with weights that are made up
     #[command(after_help = rehearse::EXAMPLES)]
     Rehearse(rehearse::RehearseArgs),
+    /// Say what holds this machine back, and the commands that mend it
+    #[command(after_help = doctor::EXAMPLES)]
+    Doctor(doctor::DoctorArgs),
     /// Leave the cluster; this node is then alone in a new one
     #[command(after_help = cluster::LEAVE_EXAMPLES)]
     Leave,

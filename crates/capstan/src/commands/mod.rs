@@ -10,6 +10,7 @@ pub mod bench;
 pub mod cluster;
 pub mod compute;
 pub mod daemon;
+pub mod doctor;
 pub mod lifecycle;
 pub mod models;
 pub mod plan;
@@ -64,6 +65,7 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
             Command::Plan(args) => plan::plan(&config, &args, json).await,
             Command::Bench(args) => bench::run(&config, &args, json).await,
             Command::Rehearse(args) => rehearse::run(&config, &args, json).await,
+            Command::Doctor(args) => doctor::run(&config, &args, json).await,
             Command::Config(_) => settings::config(&config, json),
             Command::Completions(_) | Command::Compute(_) => Ok(ExitCode::SUCCESS),
         }
