@@ -83,8 +83,8 @@ impl Fleet {
         let mut notes = Vec::new();
         if let Some(usual) = usual {
             notes.push(format!(
-                "No machines were named, so this is for {} of {USUAL_MACHINE}, the fewest that could hold it; name yours with \
-                 --machines or --machine-file.",
+                "No machines were named, so this is for {} of {USUAL_MACHINE}, as many as it takes where any number will do; \
+                 name yours with --machines or --machine-file.",
                 usual.len()
             ));
         }
