@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 /// What a file on the server is said to be as long as: only its beginning may be asked for.
-const VIRTUAL_BYTES: u64 = 300 << 30;
+const VIRTUAL_BYTES: u64 = 1 << 60;
 /// Most that the header of a tiny model may take: what is asked for first.
 const HEADER_BYTES: u64 = 1 << 20;
 
@@ -267,6 +267,41 @@ fn of_a_model_at_an_address_only_the_header_is_read() {
     let sent = server.sent();
     assert!(!sent.is_empty() && sent.iter().map(|s| s.1).sum::<u64>() <= HEADER_BYTES, "{sent:?}");
     assert_refused(&home.run(&[&server.url("/n.gguf")]), "does not exist; check the name");
+}
+
+/// The header of a model with a tensor of so many rows of a gibibyte each.
+fn giant(rows: u64) -> Vec<u8> {
+    let text = |s: &str| [&(s.len() as u64).to_le_bytes()[..], s.as_bytes()].concat();
+    let number = |key: &str, n: u32| [text(key), 4u32.to_le_bytes().to_vec(), n.to_le_bytes().to_vec()].concat();
+    let tensor = |name: &str, dims: [u64; 2], offset: u64| {
+        let dims = dims.iter().flat_map(|d| d.to_le_bytes()).collect::<Vec<u8>>();
+        [text(name), 2u32.to_le_bytes().to_vec(), dims, 0u32.to_le_bytes().to_vec(), offset.to_le_bytes().to_vec()]
+            .concat()
+    };
+    let row = 1u64 << 28;
+    [
+        b"GGUF".to_vec(),
+        3u32.to_le_bytes().to_vec(),
+        2u64.to_le_bytes().to_vec(),
+        3u64.to_le_bytes().to_vec(),
+        [text("general.architecture"), 8u32.to_le_bytes().to_vec(), text("llama")].concat(),
+        number("llama.block_count", 1),
+        number("llama.attention.head_count", 8),
+        tensor("blk.0.ffn_up.weight", [row, rows], 0),
+        tensor("token_embd.weight", [64, 32], 4 * row * rows),
+    ]
+    .concat()
+}
+
+#[test]
+fn a_server_that_claims_too_much_is_taken_at_its_word_and_no_further() {
+    let home = Home::new();
+    let server = Server::start(vec![("giant.gguf", giant(1 << 24)), ("over.gguf", giant(1 << 40))]);
+    let plan = home.json(&[&server.url("/giant.gguf"), "--machines", "8x\"M3 Ultra 512GB\""], 1);
+    assert!(plan["why"].to_string().contains("does not fit"), "{plan}");
+    // More than the file is said to have.
+    assert_refused(&home.run(&[&server.url("/over.gguf"), "--machines", "RTX 4090"]), "error: ");
+    assert!(server.sent().iter().all(|s| s.1 <= HEADER_BYTES), "{:?}", server.sent());
 }
 
 #[test]

@@ -55,7 +55,7 @@ const UBATCH_FIRST: u32 = 512;
 /// Arguments of `capstan plan`.
 #[derive(Args, Debug)]
 pub struct PlanArgs {
-    /// A GGUF file (of a split model the first), its address, hf:OWNER/REPO[:QUANT][@REVISION], or a name of the catalogue
+    /// A GGUF file (of a split model the first), its address, `hf:OWNER/REPO[:QUANT][@REVISION]`, or a name of the catalogue
     /// with or without a quantisation, such as "Kimi K2.5 UD-Q2_K_XL"
     #[arg(required_unless_present = "list")]
     pub model: Option<String>,

@@ -83,8 +83,8 @@ impl Fleet {
         let mut notes = Vec::new();
         if let Some(usual) = usual {
             notes.push(format!(
-                "No machines were named, so this is for {} of {USUAL_MACHINE}, the fewest that could hold it; name yours with \
-                 --machines or --machine-file.",
+                "No machines were named, so this is for {} of {USUAL_MACHINE}, as many as it takes where any number will do; \
+                 name yours with --machines or --machine-file.",
                 usual.len()
             ));
         }
@@ -131,7 +131,13 @@ fn places(machines: &[Machine], name: &str) -> Result<Vec<usize>> {
             _ => bail!("{name:?} is no machine: {} were named, so write #1 to #{0}", machines.len()),
         };
     }
-    let found: Vec<_> = (0..machines.len()).filter(|&i| names::same(&machines[i].name, name)).collect();
+    let named =
+        |name: &str| -> Vec<usize> { (0..machines.len()).filter(|&i| names::same(&machines[i].name, name)).collect() };
+    // As it stands there, or as the catalogue would read it: without the memory, or by another name.
+    let mut found = named(name);
+    if let (true, Ok(known)) = (found.is_empty(), machines::find(name)) {
+        found = named(&known.name);
+    }
     if !found.is_empty() {
         return Ok(found);
     }
@@ -162,6 +168,7 @@ mod tests {
         let machines = machines::parse("2x\"M4 Max 64GB\", RTX 4090").unwrap();
         assert_eq!(places(&machines, "m4-max 64gb").unwrap(), [0, 1]);
         assert_eq!(places(&machines, "RTX 4090").unwrap(), [2]);
+        assert_eq!(places(&machines, "geforce rtx 4090").unwrap(), [2]);
         assert_eq!(places(&machines, "#3").unwrap(), [2]);
         for bad in ["#0", "#4", "#x", "M4", ""] {
             assert!(places(&machines, bad).is_err(), "{bad}");
