@@ -105,12 +105,13 @@ pub fn measure(options: &MeasureOptions) -> Result<DeviceProfile, MeasureError> 
     drop((of_small, of_large));
     let few = uncached(options, large, FIRST, |rows| seconds_at(&rest, rows))?;
     let mut floor = 0.0f64;
+    let cached = ROWS.iter().zip(&first).map(|(&rows, &each)| point(rows, each)).collect::<Result<Vec<_>, _>>()?;
     let first = ROWS.iter().zip(first).enumerate().map(|(i, (&rows, each))| {
         floor = floor.max(few.get(i).copied().unwrap_or(0.0));
         point(rows, if i < few.len() { floor } else { each.max(floor) })
     });
     let first = first.collect::<Result<Vec<_>, _>>()?;
-    let mut curves = vec![TypeCurve { ggml_type: FIRST, per_weight: first, copied }];
+    let mut curves = vec![TypeCurve { ggml_type: FIRST, per_weight: first, per_cached_weight: cached, copied }];
     for ggml_type in OTHERS {
         if began.elapsed() > BUDGET {
             break;
@@ -128,6 +129,7 @@ pub fn measure(options: &MeasureOptions) -> Result<DeviceProfile, MeasureError> 
         layer_width: small.width as u32,
         attention_decode_fs: femtoseconds(attention.0)?,
         attention_chunk_fs: femtoseconds(attention.1)?,
+        cache_bytes: if gpu { 0 } else { os::cache_bytes().unwrap_or(0) },
         process_bytes,
         took_ms: began.elapsed().as_millis().min(u128::from(u32::MAX)) as u32,
         measured_unix_s: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
@@ -176,13 +178,17 @@ fn type_curve(
         per_weight.push(point(rows, floor)?);
     }
     let mut bench = Bench::open(options, shape, ggml_type, UBATCH)?;
-    for rows in FEWER_ROWS {
+    let mut cached = Vec::new();
+    for rows in FEW_ROWS.into_iter().chain(FEWER_ROWS) {
         let time = bench.time(rows, 0)?;
-        // What comes out of a cache is not faster for more rows than what comes out of memory for one.
         let each = (time - other(rows)).max(time * 0.1) / shape.weights() as f64;
-        per_weight.push(point(rows, each.max(floor))?);
+        cached.push(point(rows, each)?);
+        if FEWER_ROWS.contains(&rows) {
+            // What comes out of a cache is not faster for more rows than what comes out of memory for one.
+            per_weight.push(point(rows, each.max(floor))?);
+        }
     }
-    Ok(TypeCurve { ggml_type, per_weight, copied: bench.copied() })
+    Ok(TypeCurve { ggml_type, per_weight, per_cached_weight: cached, copied: bench.copied() })
 }
 
 fn seconds_at(points: &[Point], rows: u32) -> f64 {

@@ -40,6 +40,22 @@ pub(crate) fn child_environment() -> Option<(&'static str, String)> {
     None
 }
 
+/// The largest cache of the first processor, in bytes, as far as the system tells.
+#[cfg(target_os = "linux")]
+pub(crate) fn cache_bytes() -> Option<u64> {
+    let size = |i: u32| {
+        let text = std::fs::read_to_string(format!("/sys/devices/system/cpu/cpu0/cache/index{i}/size")).ok()?;
+        text.trim().strip_suffix('K')?.parse::<u64>().ok()?.checked_mul(1024)
+    };
+    (0..8).filter_map(size).max()
+}
+
+/// Elsewhere it is not known.
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn cache_bytes() -> Option<u64> {
+    None
+}
+
 /// Most memory that this process has held at once, mapped files included, in bytes; 0 where the system does not tell.
 #[cfg(target_os = "linux")]
 pub(crate) fn peak_rss_bytes() -> u64 {

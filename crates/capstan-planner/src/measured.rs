@@ -2,7 +2,7 @@
 //! curve that was measured for it, plus what a layer takes besides and what a long context adds.
 //!
 //! `layer = Σ weights · c(type, rows) + o(rows) + attention`. Of experts each gets its share of the rows, so that many
-//! experts take as long as so many small micro-batches.
+//! experts take as long as so many small micro-batches. A model that the last-level cache holds is read from there.
 use capstan_gguf::{LayerProfile, ModelProfile, Part, types};
 use capstan_proto::device::{DeviceProfile, Point, TypeCurve};
 
@@ -10,22 +10,48 @@ use crate::timing::Batch;
 
 /// llama.cpp computes attention over cells in multiples of this, also when fewer are in use.
 const CELLS: u64 = 256;
+/// Of the last-level cache so much may be a model's weights: the rest is for everything else that computes.
+const CACHE_SHARE: u64 = 2;
 /// Seconds in a femtosecond.
 const FS: f64 = 1e-15;
 
-/// Seconds of a layer.
-pub(crate) fn layer_s(d: &DeviceProfile, n_embd: u32, layer: &LayerProfile, batch: Batch) -> f64 {
+/// A machine that computes a model.
+#[derive(Clone, Copy)]
+struct On<'a> {
+    device: &'a DeviceProfile,
+    /// Whether its last-level cache holds the model.
+    cached: bool,
+}
+
+impl<'a> On<'a> {
+    fn new(device: &'a DeviceProfile, profile: &ModelProfile) -> Self {
+        Self { device, cached: profile.total_bytes.saturating_mul(CACHE_SHARE) <= device.cache_bytes }
+    }
+
+    fn curve(&self, of: &'a TypeCurve) -> &'a [Point] {
+        if self.cached { &of.per_cached_weight } else { &of.per_weight }
+    }
+}
+
+/// Seconds of each layer.
+pub(crate) fn layers_s(device: &DeviceProfile, profile: &ModelProfile, batch: Batch) -> Vec<f64> {
+    let on = On::new(device, profile);
+    profile.layers.iter().map(|l| layer_s(on, profile.n_embd, l, batch)).collect()
+}
+
+fn layer_s(on: On, n_embd: u32, layer: &LayerProfile, batch: Batch) -> f64 {
     let rows = batch.rows();
+    let d = on.device;
     let matrices = if layer.matrices.is_empty() {
         let (shared, experts) = (layer.shared_bytes(), layer.expert_bytes);
-        of_type(d, None, shared, layer.shared_weights(), f64::from(rows))
-            + routed_s(d, None, layer, experts, layer.expert_weights, rows)
+        of_type(on, None, shared, layer.shared_weights(), f64::from(rows))
+            + routed_s(on, None, layer, experts, layer.expert_weights, rows)
     } else {
         let one = |m: &capstan_gguf::Matrices| match m.part {
-            Part::Experts => routed_s(d, Some(m.ggml_type), layer, m.bytes, m.weights, rows),
+            Part::Experts => routed_s(on, Some(m.ggml_type), layer, m.bytes, m.weights, rows),
             // Norms and biases are in what a layer takes besides.
             Part::Other if m.weights <= u64::from(n_embd) * 16 => 0.0,
-            _ => of_type(d, Some(m.ggml_type), m.bytes, m.weights, f64::from(rows)),
+            _ => of_type(on, Some(m.ggml_type), m.bytes, m.weights, f64::from(rows)),
         };
         layer.matrices.iter().map(one).sum()
     };
@@ -34,7 +60,7 @@ pub(crate) fn layer_s(d: &DeviceProfile, n_embd: u32, layer: &LayerProfile, batc
 
 /// Seconds of the head for so many rows of logits.
 pub(crate) fn head_s(d: &DeviceProfile, profile: &ModelProfile, rows: u32) -> f64 {
-    of_type(d, profile.output_type, profile.output_bytes, profile.output_weights, f64::from(rows))
+    of_type(On::new(d, profile), profile.output_type, profile.output_bytes, profile.output_weights, f64::from(rows))
 }
 
 /// Bytes of weights per second that decoding a single row reaches, for people and for what is not measured.
@@ -50,25 +76,26 @@ pub(crate) fn gemm_flops_per_s(d: &DeviceProfile) -> f64 {
     d.types.first().and_then(rate).filter(|r| r.is_finite() && *r > 0.0).unwrap_or(1e9)
 }
 
-fn routed_s(d: &DeviceProfile, ggml_type: Option<u32>, l: &LayerProfile, bytes: u64, weights: u64, rows: u32) -> f64 {
+fn routed_s(on: On, ggml_type: Option<u32>, l: &LayerProfile, bytes: u64, weights: u64, rows: u32) -> f64 {
     if l.experts == 0 || weights == 0 {
         return 0.0;
     }
     let chosen = l.distinct_experts(rows).max(1.0);
     let each = f64::from(rows) * f64::from(l.experts_used.max(1)) / chosen;
-    chosen / f64::from(l.experts) * of_type(d, ggml_type, bytes, weights, each.max(1.0))
+    chosen / f64::from(l.experts) * of_type(on, ggml_type, bytes, weights, each.max(1.0))
 }
 
 /// Seconds of all of some weights for so many rows.
-fn of_type(d: &DeviceProfile, ggml_type: Option<u32>, bytes: u64, weights: u64, rows: f64) -> f64 {
+fn of_type(on: On, ggml_type: Option<u32>, bytes: u64, weights: u64, rows: f64) -> f64 {
     if weights == 0 {
         return 0.0;
     }
     let wanted = bytes as f64 * 8.0 / weights as f64;
-    let exact = d.types.iter().find(|c| Some(c.ggml_type) == ggml_type);
+    let types = &on.device.types;
+    let exact = types.iter().find(|c| Some(c.ggml_type) == ggml_type);
     let distance = |c: &&TypeCurve| bits(c.ggml_type).map_or(f64::INFINITY, |b| (b / wanted).ln().abs());
-    let near = || d.types.iter().min_by(|a, b| distance(a).total_cmp(&distance(b)));
-    exact.or_else(near).map_or(0.0, |c| weights as f64 * at(&c.per_weight, rows) * FS)
+    let near = || types.iter().min_by(|a, b| distance(a).total_cmp(&distance(b)));
+    exact.or_else(near).map_or(0.0, |c| weights as f64 * at(on.curve(c), rows) * FS)
 }
 
 fn bits(ggml_type: u32) -> Option<f64> {
@@ -117,6 +144,7 @@ mod tests {
         let curve = |ggml_type, fs: [u64; 3]| TypeCurve {
             ggml_type,
             per_weight: [1, 8, 64].into_iter().zip(fs).map(|(rows, fs)| Point { rows, fs }).collect(),
+            per_cached_weight: vec![Point { rows: 1, fs: fs[0] / 2 }],
             copied: ggml_type == 12,
         };
         DeviceProfile {
@@ -146,7 +174,9 @@ mod tests {
         ];
         let layer = LayerProfile { matrices, attention_flops_per_position: 1000, ..LayerProfile::default() };
         let near = Batch::Decode { sequences: 1, depth_tokens: 0 };
-        let fs = |batch| layer_s(&d, 2000, &layer, batch) / FS;
+        let on = On { device: &d, cached: false };
+        let fs = |batch| layer_s(on, 2000, &layer, batch) / FS;
+        assert!(layer_s(On { cached: true, ..on }, 2000, &layer, near) / FS < fs(near) * 0.6);
         assert!((fs(near) - (100e6 + 60e6 + 1e6)).abs() < 1.0);
         let far = Batch::Decode { sequences: 2, depth_tokens: 1023 };
         let besides = 1e6 + 0.1e6 * 2.0;
@@ -157,17 +187,20 @@ mod tests {
     #[test]
     fn a_type_that_was_not_measured_takes_the_nearest() {
         let d = device();
+        let on = On { device: &d, cached: false };
         // 4.25 bits a weight: nearer to q4_K than to q8_0.
-        assert_eq!(of_type(&d, Some(39), 531_250, 1_000_000, 1.0), 1e6 * 60.0 * FS);
+        assert_eq!(of_type(on, Some(39), 531_250, 1_000_000, 1.0), 1e6 * 60.0 * FS);
     }
 
     #[test]
     fn experts_share_the_rows() {
         let d = device();
+        let on = On { device: &d, cached: false };
+        let on = On { device: &d, cached: false };
         let layer = LayerProfile { experts: 8, experts_used: 2, ..LayerProfile::default() };
-        let one = routed_s(&d, Some(12), &layer, 562_500, 1_000_000, 1);
+        let one = routed_s(on, Some(12), &layer, 562_500, 1_000_000, 1);
         assert!((one / FS - 0.25e6 * 60.0).abs() < 1.0, "two of eight experts, a row each");
-        let many = routed_s(&d, Some(12), &layer, 562_500, 1_000_000, 4096);
+        let many = routed_s(on, Some(12), &layer, 562_500, 1_000_000, 4096);
         assert!(many > 8.0 * one);
     }
 }

@@ -73,8 +73,8 @@ impl Times {
     /// Of a model on a machine, for one micro-batch.
     pub fn of(profile: &ModelProfile, rates: &Rates, batch: Batch) -> Self {
         if let Some(device) = &rates.measured {
-            let layer = |l| measured::layer_s(device, profile.n_embd, l, batch) + state_s(l, rates, batch);
-            let layers_s = profile.layers.iter().map(layer).collect();
+            let layers = profile.layers.iter().zip(measured::layers_s(device, profile, batch));
+            let layers_s = layers.map(|(l, seconds)| seconds + state_s(l, rates, batch)).collect();
             return Self { layers_s, head_s: measured::head_s(device, profile, batch.outputs()) };
         }
         let layers_s = profile.layers.iter().map(|l| layer_s(l, rates, batch)).collect();

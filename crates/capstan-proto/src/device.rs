@@ -29,8 +29,10 @@ pub struct Point {
 pub struct TypeCurve {
     /// ggml's number of the type.
     pub ggml_type: u32,
-    /// Per weight, ascending in rows: reading and unpacking it once, multiplying it with every row.
+    /// Per weight, ascending in rows: reading it from main memory and unpacking it once, multiplying it with every row.
     pub per_weight: Vec<Point>,
+    /// The same for weights that the last-level cache holds.
+    pub per_cached_weight: Vec<Point>,
     /// Whether they are held in memory of their own beside the mapped file: rearranged, or on a device.
     pub copied: bool,
 }
@@ -50,6 +52,8 @@ pub struct DeviceProfile {
     pub attention_decode_fs: u64,
     /// The same in a prompt's chunks.
     pub attention_chunk_fs: u64,
+    /// The last-level cache, in bytes; 0 where the system does not tell, or a device computes that has its own.
+    pub cache_bytes: u64,
     /// What a compute process takes before it has loaded anything, in bytes; 0 where the system does not tell.
     pub process_bytes: u64,
     /// How long the measurement took, in milliseconds.
@@ -69,7 +73,7 @@ impl DeviceProfile {
         if self.hardware.len() > HARDWARE_BYTES_MAX || self.types.is_empty() || self.types.len() > TYPES_MAX {
             return Err(OutOfBounds("the number of types in a device profile"));
         }
-        let curves = self.types.iter().all(|t| points(&t.per_weight));
+        let curves = self.types.iter().all(|t| points(&t.per_weight) && points(&t.per_cached_weight));
         let attention = [self.attention_decode_fs, self.attention_chunk_fs].iter().all(|fs| (1..=FS_MAX).contains(fs));
         if !curves || !points(&self.per_layer) || !attention || self.layer_width == 0 {
             return Err(OutOfBounds("a time in a device profile"));
@@ -85,7 +89,12 @@ mod tests {
     fn profile() -> DeviceProfile {
         let point = |rows| Point { rows, fs: 100_000 };
         DeviceProfile {
-            types: vec![TypeCurve { ggml_type: 12, per_weight: vec![point(1), point(2)], copied: true }],
+            types: vec![TypeCurve {
+                ggml_type: 12,
+                per_weight: vec![point(1), point(2)],
+                per_cached_weight: vec![point(1)],
+                copied: true,
+            }],
             per_layer: vec![point(1)],
             layer_width: 1024,
             attention_decode_fs: 1,
