@@ -189,6 +189,7 @@ pub struct ChildStats {
     pub bytes_sent: u64,
     /// Most memory that the process has held at once since it started, weights that are mapped included, in bytes; 0
     /// where the system does not tell.
+    #[serde(default)]
     pub peak_rss_bytes: u64,
 }
 

@@ -264,8 +264,10 @@ pub struct StageStatus {
     /// Weights, KV and compute buffers in bytes, as the process measured them.
     pub memory_bytes: u64,
     /// Of which KV cache and other memory of sequences.
+    #[serde(default)]
     pub kv_bytes: u64,
     /// Of which compute buffers.
+    #[serde(default)]
     pub compute_bytes: u64,
     /// The devices that compute, for people.
     pub device: String,

@@ -50,7 +50,7 @@ const TOKENS_MAX: i64 = 1 << 20;
 /// Arguments of `capstan rehearse`.
 #[derive(Args, Debug)]
 pub struct RehearseArgs {
-    /// A GGUF file, an address, hf:OWNER/REPO[:QUANT], or a name of the catalogue, such as "Kimi K2.5:UD-Q2_K_XL"
+    /// A GGUF file, an address, hf:OWNER/REPO:QUANT, or a name of the catalogue, such as "Kimi K2.5:UD-Q2_K_XL"
     pub model: String,
     /// Nodes to use, in pipeline order [default: as many as it needs]
     #[arg(long, value_name = "A,B", value_delimiter = ',')]
