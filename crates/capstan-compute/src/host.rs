@@ -244,8 +244,13 @@ pub async fn profile(
     folder: &Path,
     threads: Option<u32>,
     gpu_layers: i32,
+    known: &[u32],
 ) -> Result<DeviceProfile, HostError> {
     let mut args = vec!["--measure".into(), folder.into(), format!("--gpu-layers={gpu_layers}").into()];
+    if !known.is_empty() {
+        let known: Vec<_> = known.iter().map(u32::to_string).collect();
+        args.push(format!("--known={}", known.join(",")).into());
+    }
     args.extend(threads.map(|n| format!("--threads={n}").into()));
     ask(command, &args, None).await
 }

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use capstan_compute::measure::OTHERS;
 use capstan_proto::NodeId;
 use capstan_proto::control::{Done, MEASURE_BYTES, Request};
 use capstan_proto::device::DeviceProfile;
@@ -25,6 +26,8 @@ const LOOK_AGAIN: Duration = Duration::from_secs(2);
 const DEVICE_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a link may take: below 0.4 Mbit/s there is nothing to serve over it.
 const LINK_TIMEOUT: Duration = Duration::from_secs(20);
+/// Measurements at most: each gets a few types of weights done, and some a backend may not have.
+const TRIES_MAX: u32 = 6;
 /// Round trips of which the shortest counts.
 const ROUND_TRIPS: usize = 5;
 /// While a measurement runs: between two looks whether a stage wants to start.
@@ -52,19 +55,21 @@ pub(crate) fn known(data_dir: &Path) -> Option<DeviceProfile> {
 
 /// Measures this machine as soon as nothing else runs on it.
 pub(crate) async fn device_loop(shared: Arc<Shared>) {
+    let mut tries = 0;
     loop {
         let devices = shared.machine.devices();
         // Which devices there are is known a moment after the start.
         if !devices.is_empty() {
             let c = &shared.config;
             let wanted = hardware(&devices, c.threads, c.gpu_layers, shared.build);
-            if shared.machine.profile().is_some_and(|p| p.hardware == wanted) {
+            let known = shared.machine.profile().filter(|p| p.hardware == wanted);
+            if known.as_ref().is_some_and(|p| is_complete(p) || tries == TRIES_MAX) {
                 return;
             }
             if !shared.machine.is_busy() {
-                match device(&shared, wanted).await {
-                    Ok(true) => return,
-                    Ok(false) => {}
+                tries += 1;
+                match device(&shared, wanted, known).await {
+                    Ok(()) => {}
                     Err(reason) => {
                         tracing::warn!(
                             reason,
@@ -79,14 +84,20 @@ pub(crate) async fn device_loop(shared: Arc<Shared>) {
     }
 }
 
-/// Measures this machine; false when a stage came in between.
-async fn device(shared: &Shared, hardware: String) -> Result<bool, String> {
+/// Whether every type was measured that is worth it.
+fn is_complete(profile: &DeviceProfile) -> bool {
+    OTHERS.iter().all(|t| profile.types.iter().any(|known| known.ggml_type == *t))
+}
+
+/// Measures this machine, types that are not known first; nothing changes when a stage comes in between.
+async fn device(shared: &Shared, hardware: String, known: Option<DeviceProfile>) -> Result<(), String> {
     let folder = shared.config.data_dir.join("measuring");
     // What a daemon left that was killed meanwhile goes, too.
     std::fs::remove_dir_all(&folder).ok();
     std::fs::create_dir_all(&folder).map_err(|e| e.to_string())?;
     let c = &shared.config;
-    let child = capstan_compute::host::profile(&c.compute_command, &folder, c.threads, c.gpu_layers);
+    let types: Vec<u32> = known.iter().flat_map(|p| &p.types).map(|t| t.ggml_type).collect();
+    let child = capstan_compute::host::profile(&c.compute_command, &folder, c.threads, c.gpu_layers, &types);
     let give_way = async {
         while !shared.machine.is_busy() {
             sleep(GIVE_WAY).await;
@@ -98,18 +109,30 @@ async fn device(shared: &Shared, hardware: String) -> Result<bool, String> {
     };
     std::fs::remove_dir_all(&folder).ok();
     let profile = match measured {
-        None => return Ok(false),
+        None => return Ok(()),
         Some(Err(_)) => return Err(format!("it took more than {} s", DEVICE_TIMEOUT.as_secs())),
         Some(Ok(Err(error))) => return Err(error.to_string()),
         Some(Ok(Ok(profile))) => DeviceProfile { hardware, ..profile },
     };
+    let profile = with_earlier(profile, known);
     profile.check().map_err(|e| e.to_string())?;
     if let Err(error) = files::write_json(&kept(&shared.config.data_dir), &profile) {
         tracing::warn!(%error, "what was measured could not be saved; it will be measured again at the next start");
     }
     tracing::info!(ms = profile.took_ms, types = profile.types.len(), "this machine was measured");
     shared.machine.set_profile(profile);
-    Ok(true)
+    Ok(())
+}
+
+/// A measurement, and the types that an earlier one knew.
+fn with_earlier(mut profile: DeviceProfile, earlier: Option<DeviceProfile>) -> DeviceProfile {
+    for of_type in earlier.into_iter().flat_map(|p| p.types) {
+        // One type is measured each time.
+        if !profile.types.iter().any(|t| t.ggml_type == of_type.ggml_type) {
+            profile.types.push(of_type);
+        }
+    }
+    profile
 }
 
 /// Measures the link to each member that this end has to measure, once.

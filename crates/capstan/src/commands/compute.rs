@@ -28,6 +28,9 @@ pub struct ComputeArgs {
     /// Layers to put on a GPU while measuring; -1 is all
     #[arg(long, requires = "measure", default_value_t = -1, allow_negative_numbers = true)]
     pub gpu_layers: i32,
+    /// Types of weights that need not be measured, by ggml's numbers
+    #[arg(long, requires = "measure", value_delimiter = ',')]
+    pub known: Vec<u32>,
 }
 
 /// Runs the stage until its daemon ends it. Standard output carries frames, so every log line goes to standard error.
@@ -39,7 +42,8 @@ pub fn run(global: &Global, args: &ComputeArgs) -> Result<ExitCode> {
         _ if args.devices => ask::devices(),
         _ if args.dry_run => ask::dry_run(),
         Some(folder) => {
-            ask::profile(&MeasureOptions { folder: folder.clone(), threads: args.threads, gpu_layers: args.gpu_layers })
+            let (folder, known) = (folder.clone(), args.known.clone());
+            ask::profile(&MeasureOptions { folder, threads: args.threads, gpu_layers: args.gpu_layers, known })
         }
         None => capstan_compute::child::run(),
     };
