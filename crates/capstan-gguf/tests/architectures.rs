@@ -262,7 +262,7 @@ fn profiles_count_what_llama_cpp_allocates() {
     assert_eq!(llama.layers.len(), 8);
     assert!(llama.layers.iter().all(|l| l.kv_bytes_per_token == 2 * (16 + 16) * 2 && l.recurrent_state_bytes == 0));
     assert_eq!(llama.layers[0].active_bytes, llama.layers[0].weight_bytes);
-    let moe = profile("llama-moe").layers[3];
+    let moe = &profile("llama-moe").layers[3];
     assert!(moe.active_bytes < moe.weight_bytes && moe.active_bytes > moe.weight_bytes * 3 / 8);
     // Latent attention: 32 latent and 8 rope floats, no values.
     assert!(profile("deepseek2").layers.iter().all(|l| l.kv_bytes_per_token == 40 * 2));
@@ -271,7 +271,7 @@ fn profiles_count_what_llama_cpp_allocates() {
     let kinds: Vec<bool> = hybrid.layers.iter().map(|l| l.kv_bytes_per_token == 0).collect();
     assert_eq!(kinds, [true, true, true, false, true, true, true, false]);
     assert!(hybrid.layers.iter().all(|l| (l.recurrent_state_bytes > 0) == (l.kv_bytes_per_token == 0)));
-    let mamba = profile("mamba").layers[0];
+    let mamba = &profile("mamba").layers[0];
     assert_eq!((mamba.kv_bytes_per_token, mamba.recurrent_state_bytes > 0), (0, true));
     let tied = profile("gemma3");
     assert!(tied.tied && tied.output_bytes > tied.embedding_bytes);

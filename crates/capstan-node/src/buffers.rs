@@ -5,17 +5,21 @@
 //! each, with a file of holes that has the right header. What it said is kept, for a warm load must not wait.
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use capstan_gguf::Model;
 use capstan_planner::Buffers;
 use capstan_proto::child::{Scheduling, StageSpec, WindowIo};
 use capstan_proto::data::Rollback;
 use capstan_proto::{DeploymentId, LayerRange};
+use tokio::time::timeout;
 
 use crate::cutter::OpenModel;
 use crate::files;
 use crate::node::Shared;
 
+/// How long a dry run may take. A fraction of a second is usual; most of it goes into large vocabularies.
+const TIMEOUT: Duration = Duration::from_secs(10);
 /// Most answers that are kept; all are forgotten then.
 const KEPT_MAX: usize = 1024;
 
@@ -97,7 +101,10 @@ async fn ask(shared: &Shared, model: &OpenModel, wanted: Wanted, range: LayerRan
     tokio::task::spawn_blocking(write).await.map_err(|e| e.to_string())?.map_err(|e| e.to_string())?;
     let io = model.model.window_io(range);
     let spec = spec(file.0.clone(), range, io, wanted, c.threads, c.gpu_layers);
-    capstan_compute::host::dry_run(&c.compute_command, &spec).await.map_err(|e| e.to_string())
+    match timeout(TIMEOUT, capstan_compute::host::dry_run(&c.compute_command, &spec)).await {
+        Ok(bytes) => bytes.map_err(|e| e.to_string()),
+        Err(_) => Err(format!("the dry run took more than {} s", TIMEOUT.as_secs())),
+    }
 }
 
 fn spec(

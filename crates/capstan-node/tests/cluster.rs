@@ -15,6 +15,8 @@ use tempfile::TempDir;
 
 fn config(dir: &Path, name: &str) -> NodeConfig {
     let mut config = NodeConfig::new(dir.to_owned(), vec!["false".into()]);
+    // Several nodes in one process would measure each other.
+    config.measure = false;
     config.name = Some(name.into());
     config.bind_addr = ([127, 0, 0, 1], 0).into();
     config.gpu_layers = 0;
@@ -93,7 +95,7 @@ fn rote_child(dir: &Path, says: &[FromChild]) -> (Vec<std::ffi::OsString>, PathB
     let (frames, pids) = (dir.join("frames"), dir.join("frames.pids"));
     let bytes = says.iter().flat_map(|m| codec::encode(m, limits::MESSAGE_BYTES_MAX).unwrap()).collect::<Vec<_>>();
     std::fs::write(&frames, bytes).unwrap();
-    let script = r#"[ "$1" = --devices ] && exit 1; echo $$ >> "$0.pids"; cat "$0"; exec sleep 600"#;
+    let script = r#"case "$1" in --*) exit 1;; esac; echo $$ >> "$0.pids"; cat "$0"; exec sleep 600"#;
     (vec!["sh".into(), "-c".into(), script.into(), frames.into()], pids)
 }
 

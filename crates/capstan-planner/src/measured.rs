@@ -196,7 +196,6 @@ mod tests {
     fn experts_share_the_rows() {
         let d = device();
         let on = On { device: &d, cached: false };
-        let on = On { device: &d, cached: false };
         let layer = LayerProfile { experts: 8, experts_used: 2, ..LayerProfile::default() };
         let one = routed_s(on, Some(12), &layer, 562_500, 1_000_000, 1);
         assert!((one / FS - 0.25e6 * 60.0).abs() < 1.0, "two of eight experts, a row each");
