@@ -12,7 +12,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use capstan_engine::StageOutput;
 use capstan_gguf::types;
-use capstan_llama::{Context, ContextOptions, DeviceKind, LlamaError, Model, ModelOptions, devices};
+use capstan_llama::{Context, ContextOptions, LlamaError, Model, ModelOptions};
 use capstan_proto::Epoch;
 use capstan_proto::data::{KvOp, MicroBatch, Payload, Row};
 use capstan_proto::device::{DeviceProfile, Point, TypeCurve};
@@ -86,8 +86,7 @@ pub fn measure(options: &MeasureOptions) -> Result<DeviceProfile, MeasureError> 
     let began = Instant::now();
     capstan_llama::init();
     let process_bytes = os::peak_rss_bytes();
-    let gpu = options.gpu_layers != 0
-        && devices().iter().any(|d| matches!(d.kind, DeviceKind::Gpu | DeviceKind::IntegratedGpu));
+    let gpu = capstan_llama::offloads(options.gpu_layers);
     let (small, large) = if gpu { (SMALL_GPU, LARGE_GPU) } else { (SMALL, LARGE) };
 
     let mut of_small = Bench::open(options, small, FIRST, DEEP + UBATCH)?;

@@ -57,7 +57,7 @@ pub struct DeviceInfo {
 }
 
 /// Whether so many layers (negative is all) are computed by something else than the processor.
-pub(crate) fn offloads(gpu_layers: i32) -> bool {
+pub fn offloads(gpu_layers: i32) -> bool {
     gpu_layers != 0 && devices().iter().any(|d| matches!(d.kind, DeviceKind::Gpu | DeviceKind::IntegratedGpu))
 }
 

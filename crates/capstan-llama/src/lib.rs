@@ -33,7 +33,7 @@ mod sparse;
 pub mod stage;
 pub mod vocab;
 
-pub use backend::{DeviceInfo, DeviceKind, devices, init};
+pub use backend::{DeviceInfo, DeviceKind, devices, init, offloads};
 pub use capture::Capture;
 pub use context::{Context, ContextMemory, ContextOptions};
 pub use error::LlamaError;

@@ -89,11 +89,7 @@ impl Cutter {
     /// Clears what an earlier run left behind: its deployments cut anew.
     pub(crate) fn open(data_dir: &Path) -> Result<Self, NodeError> {
         let dir = data_dir.join("shards-out");
-        let io = |source| NodeError::DataDir { path: dir.clone(), source };
-        if dir.exists() {
-            std::fs::remove_dir_all(&dir).map_err(io)?;
-        }
-        std::fs::create_dir_all(&dir).map_err(io)?;
+        files::make_empty_dir(&dir)?;
         let memory = data_dir.join("shard-hashes.json");
         // Without it shards are cut and hashed again, no more.
         let hashes = files::read_json(&memory).unwrap_or_default().unwrap_or_default();

@@ -30,6 +30,15 @@ pub(crate) fn write_json<T: Serialize>(path: &Path, value: &T) -> std::io::Resul
     write_private(path, &serde_json::to_vec_pretty(value)?)
 }
 
+/// A folder with nothing in it: what an earlier run left there goes.
+pub(crate) fn make_empty_dir(dir: &Path) -> Result<(), NodeError> {
+    let io = |source| NodeError::DataDir { path: dir.to_owned(), source };
+    if dir.exists() {
+        std::fs::remove_dir_all(dir).map_err(io)?;
+    }
+    std::fs::create_dir_all(dir).map_err(io)
+}
+
 /// Reads a file of ours; none when it is not there.
 pub(crate) fn read(path: &Path) -> Result<Option<Vec<u8>>, NodeError> {
     let io = |source| NodeError::DataDir { path: path.to_owned(), source };

@@ -1,7 +1,7 @@
 //! Where a model's layers go: the planner is asked with what is known of nodes, links and buffers now.
 use std::sync::Arc;
 
-use capstan_planner::{Buffers, Placement, PlanError, PlanInput, PlanOptions, Sizes, plan};
+use capstan_planner::{Placement, PlanError, PlanInput, PlanOptions, Sizes, plan};
 use capstan_proto::manage::{LoadForecast, ManageError};
 
 use crate::buffers;
@@ -17,15 +17,7 @@ pub(crate) async fn place(
     options: PlanOptions,
     sparse: bool,
 ) -> Result<(Placement, Option<LoadForecast>), ManageError> {
-    let wanted = buffers::Wanted {
-        ctx: options.ctx,
-        slots: options.slots,
-        spares_per_stage: options.spares_per_stage,
-        ubatch: options.ubatch,
-        rollback: model.rollback(),
-    };
-    let buffers = buffers::of(shared, model, wanted).await;
-    place_on(Fleet::of(shared), model, options, buffers, sparse).await
+    place_on(shared, Fleet::of(shared), model, options, sparse).await
 }
 
 /// The best placement of a model that is served already, on nodes that have free what it holds there; none when there is
@@ -41,24 +33,24 @@ pub(crate) async fn again(shared: &Arc<Shared>, one: &Movable, fleet: Fleet) -> 
         ubatch: crate::deployments::UBATCH,
         ..PlanOptions::default()
     };
-    let wanted = buffers::Wanted {
-        ctx: options.ctx,
-        slots: options.slots,
-        spares_per_stage,
-        ubatch: options.ubatch,
-        rollback: one.model.rollback(),
-    };
-    let buffers = buffers::of(shared, &one.model, wanted).await;
-    place_on(fleet, &one.model, options, buffers, false).await.ok().map(|(placement, _)| placement)
+    place_on(shared, fleet, &one.model, options, false).await.ok().map(|(placement, _)| placement)
 }
 
 async fn place_on(
+    shared: &Arc<Shared>,
     fleet: Fleet,
     model: &OpenModel,
     options: PlanOptions,
-    buffers: Option<Buffers>,
     sparse: bool,
 ) -> Result<(Placement, Option<LoadForecast>), ManageError> {
+    let wanted = buffers::Wanted {
+        ctx: options.ctx,
+        slots: options.slots,
+        spares_per_stage: options.spares_per_stage,
+        ubatch: options.ubatch,
+        rollback: model.rollback(),
+    };
+    let buffers = buffers::of(shared, model, wanted).await;
     let model = model.model.clone();
     // Trying every order of several nodes for a deep model takes a moment; the daemon goes on meanwhile.
     let planned = tokio::task::spawn_blocking(move || {

@@ -15,6 +15,7 @@ use capstan_proto::control::MadeUpShard;
 use tokio_util::sync::CancellationToken;
 
 use crate::error::NodeError;
+use crate::files;
 
 /// What a deployment's stages make up.
 pub(crate) struct MadeUp {
@@ -67,11 +68,7 @@ impl Rehearsals {
     /// Clears what an earlier run left behind.
     pub(crate) fn open(data_dir: &Path) -> Result<Self, NodeError> {
         let dir = data_dir.join("rehearsals");
-        let io = |source| NodeError::DataDir { path: dir.clone(), source };
-        if dir.exists() {
-            std::fs::remove_dir_all(&dir).map_err(io)?;
-        }
-        std::fs::create_dir_all(&dir).map_err(io)?;
+        files::make_empty_dir(&dir)?;
         Ok(Self { dir: dir.into(), next: AtomicU64::new(0) })
     }
 
