@@ -158,7 +158,7 @@ pub(crate) async fn whole(mut answer: Answer, mut events: Receiver<GenerateEvent
     let (mut content, mut logprobs) = (String::new(), Vec::new());
     while let Some(event) = events.recv().await {
         match event {
-            GenerateEvent::Started { .. } => {}
+            GenerateEvent::Started { .. } | GenerateEvent::Paused { .. } => {}
             GenerateEvent::Token { text, logprob, .. } => {
                 content.push_str(&text);
                 logprobs.extend(logprob);
@@ -209,7 +209,7 @@ pub(crate) async fn streamed(
     let stream = stream::unfold((chunks, events), |(mut chunks, mut events)| async move {
         loop {
             if let Some(data) = chunks.ready.pop_front() {
-                return Some((Ok::<_, Infallible>(Event::default().data(data)), (chunks, events)));
+                return Some((Ok::<_, Infallible>(data), (chunks, events)));
             }
             if chunks.done {
                 return None;
@@ -221,21 +221,25 @@ pub(crate) async fn streamed(
     Ok(Sse::new(stream).keep_alive(KeepAlive::new().interval(KEEP_ALIVE)).into_response())
 }
 
-/// Turns events into the data of server-sent events.
+/// Turns events into server-sent events.
 struct Chunks {
     answer: Answer,
     with_usage: bool,
-    ready: VecDeque<String>,
+    ready: VecDeque<Event>,
     done: bool,
 }
 
 impl Chunks {
+    fn data(&mut self, data: String) {
+        self.ready.push_back(Event::default().data(data));
+    }
+
     fn push(&mut self, choices: Vec<Value>, usage: Option<&Usage>) {
         let mut body = self.answer.envelope(true, choices);
         if self.with_usage {
             body.insert("usage".into(), usage.map_or(Value::Null, usage_json));
         }
-        self.ready.push_back(Value::Object(body).to_string());
+        self.data(Value::Object(body).to_string());
     }
 
     /// A chat begins with the role.
@@ -257,13 +261,18 @@ impl Chunks {
     }
 
     fn fail(&mut self, error: &ApiError) {
-        self.ready.push_back(error.body().to_string());
+        self.data(error.body().to_string());
         self.done = true;
     }
 
     fn take(&mut self, event: Option<GenerateEvent>) {
         match event {
             Some(GenerateEvent::Started { .. }) => {}
+            // A comment: clients pass over it, people who look see what is waited for. It must stay on one line.
+            Some(GenerateEvent::Paused { reason }) => {
+                let reason: String = reason.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+                self.ready.push_back(Event::default().comment(format!("waiting: {reason}")));
+            }
             Some(GenerateEvent::Token { text, logprob, .. }) => self.text(&text, logprob),
             Some(GenerateEvent::Finished { reason, text, usage }) => {
                 self.text(&text, None);
@@ -274,7 +283,7 @@ impl Chunks {
                         if self.with_usage {
                             self.push(Vec::new(), Some(&usage));
                         }
-                        self.ready.push_back("[DONE]".into());
+                        self.data("[DONE]".into());
                         self.done = true;
                     }
                     Err(error) => self.fail(&error),

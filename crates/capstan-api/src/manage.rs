@@ -93,7 +93,18 @@ async fn leave(State(app): State<App>) -> Result<Json<Value>, ApiError> {
     Ok(Json(json!({"left": true})))
 }
 
-async fn stop(State(app): State<App>) -> Json<Value> {
-    app.service.stop().await;
+#[derive(serde::Deserialize)]
+struct Stop {
+    /// Cut answers in progress off.
+    #[serde(default)]
+    now: bool,
+}
+
+async fn stop(State(app): State<App>, JsonBody(body): JsonBody<Stop>) -> Json<Value> {
+    if body.now {
+        app.service.stop_now().await;
+    } else {
+        app.service.stop().await;
+    }
     Json(json!({"stopped": true}))
 }

@@ -39,6 +39,11 @@ impl Detector {
         self.heard.get(&node).is_some_and(|&last| now_ms.saturating_sub(last) <= self.online_ms)
     }
 
+    /// Whether the node was heard once and then no more. One that was forgotten (it said goodbye) did not fall silent.
+    pub fn fell_silent(&self, node: NodeId, now_ms: u64) -> bool {
+        self.heard.contains_key(&node) && !self.online(node, now_ms)
+    }
+
     /// Forgets a node, so that it is offline at once.
     pub fn forget(&mut self, node: NodeId) {
         self.heard.remove(&node);
@@ -57,8 +62,8 @@ mod tests {
         d.heard(a, 500);
         assert!(d.online(a, 4000) && !d.online(a, 4001));
         d.heard(a, 5000);
-        assert!(d.online(a, 5000));
+        assert!(d.online(a, 5000) && !d.fell_silent(a, 5000) && d.fell_silent(a, 9000));
         d.forget(a);
-        assert!(!d.online(a, 5000));
+        assert!(!d.online(a, 5000) && !d.fell_silent(a, 9000));
     }
 }

@@ -11,12 +11,16 @@ use capstan_text::TextStream;
 /// A live request.
 pub(crate) struct Answer {
     body: Box<GenerateRequest>,
+    /// The prompt's tokens, until they are told.
+    prompt: Vec<i32>,
     sampler: Sampler,
     text: TextStream,
     usage: Usage,
     submitted: Instant,
     admitted: Instant,
     first_token: Option<Instant>,
+    /// What was sent before ended the answer: only the last event was lost.
+    ended: Option<FinishReason>,
 }
 
 /// What a token does to its answer.
@@ -31,21 +35,48 @@ pub(crate) struct Step {
 
 impl Answer {
     pub fn new(body: Box<GenerateRequest>, prompt: &[i32], vocab: &Vocab) -> Result<Self, RequestError> {
-        let mut sampler =
-            Sampler::new(&body.sampling, vocab).map_err(|e| RequestError::new(ErrorKind::BadRequest, e.to_string()))?;
+        let refused = |e: LlamaError| RequestError::new(ErrorKind::BadRequest, e.to_string());
+        let mut sampler = Sampler::new(&body.sampling, vocab).map_err(refused)?;
         sampler.accept_prompt(prompt);
-        let text = TextStream::new(body.stop.clone());
-        let usage = Usage { prompt_tokens: prompt.len() as u32, ..Usage::default() };
+        let mut text = TextStream::new(body.stop.clone());
+        // An answer that is taken up again: sampler and text become what they were, and nothing is said twice.
+        for token in &body.resume {
+            sampler.replay(*token);
+            text.push(&vocab.piece(*token, false));
+        }
+        let sent = body.resume.len() as u32;
+        let ended = match body.max_tokens {
+            _ if text.is_stopped() => Some(FinishReason::Stop),
+            Some(most) if sent >= most => Some(FinishReason::Length),
+            _ => None,
+        };
+        let usage = Usage { prompt_tokens: prompt.len() as u32, completion_tokens: sent, ..Usage::default() };
         let now = Instant::now();
-        Ok(Self { body, sampler, text, usage, submitted: now, admitted: now, first_token: None })
+        let prompt = prompt.to_vec();
+        Ok(Self { body, prompt, sampler, text, usage, submitted: now, admitted: now, first_token: None, ended })
+    }
+
+    /// Why there is nothing to add to what was sent before.
+    pub fn ended(&self) -> Option<FinishReason> {
+        self.ended
+    }
+
+    /// The tokens that may still come.
+    pub fn tokens_left(&self) -> Option<u32> {
+        self.body.max_tokens.map(|most| most.saturating_sub(self.usage.completion_tokens))
+    }
+
+    /// What was sent before.
+    pub fn resumed(&self) -> &[i32] {
+        &self.body.resume
     }
 
     /// A slot is free, and so many tokens of the prompt are in its caches already.
     pub fn started(&mut self, cached: u32) -> GenerateEvent {
         self.admitted = Instant::now();
         self.usage.queue_us = micros(self.submitted, self.admitted);
-        self.usage.cached_tokens = cached;
-        GenerateEvent::Started { prompt_tokens: self.usage.prompt_tokens }
+        self.usage.cached_tokens = cached.min(self.usage.prompt_tokens);
+        GenerateEvent::Started { prompt: std::mem::take(&mut self.prompt) }
     }
 
     /// Chooses the next token from `logits`.

@@ -208,6 +208,7 @@ impl Session {
             ToChild::Connect(wiring) => self.connect(wiring).await,
             ToChild::Submit { request, body } => self.submit(request, body).await,
             ToChild::Cancel { request } => self.cancel(request),
+            ToChild::Ping => self.send(FromChild::Pong).await,
             ToChild::Shutdown => {}
         }
     }

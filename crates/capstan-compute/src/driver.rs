@@ -51,6 +51,8 @@ pub(crate) struct Driver {
     counters: Arc<Counters>,
     ended: mpsc::Sender<RequestId>,
     model_name: String,
+    /// Tokens that a slot holds.
+    ctx: usize,
 }
 
 /// The epoch is lost, for this reason.
@@ -91,6 +93,7 @@ impl Driver {
             counters,
             ended,
             model_name: spec.model_name.clone(),
+            ctx: spec.ctx as usize,
         };
         Ok((driver, prompts))
     }
@@ -182,25 +185,39 @@ impl Driver {
         Ok(())
     }
 
-    fn submit(&mut self, request: RequestId, body: Box<GenerateRequest>, tokens: Vec<i32>) {
-        let result = if self.place.is_none() {
-            Err(RequestError::new(
-                ErrorKind::Unavailable,
-                format!("the stages of {:?} are being connected; try again in a moment", self.model_name),
-            ))
-        } else {
-            let max_tokens = body.max_tokens;
-            Answer::new(body, &tokens, &self.vocab).and_then(|answer| {
-                self.engine.handle_submit(request, tokens, max_tokens).map_err(submit_error)?;
-                Ok(answer)
-            })
-        };
-        match result {
+    fn submit(&mut self, request: RequestId, body: Box<GenerateRequest>, prompt: Vec<i32>) {
+        match self.admit(request, body, prompt) {
             Ok(answer) => {
                 self.answers.insert(request, answer);
             }
-            Err(error) => self.send_last(request, GenerateEvent::Failed(error)),
+            Err(event) => self.send_last(request, event),
         }
+    }
+
+    /// Hands a request to the engine; else the event that ends it.
+    fn admit(
+        &mut self,
+        request: RequestId,
+        body: Box<GenerateRequest>,
+        prompt: Vec<i32>,
+    ) -> Result<Answer, GenerateEvent> {
+        if self.place.is_none() {
+            return Err(GenerateEvent::Failed(RequestError::new(
+                ErrorKind::Unavailable,
+                format!("the stages of {:?} are being connected; try again in a moment", self.model_name),
+            )));
+        }
+        let answer = Answer::new(body, &prompt, &self.vocab).map_err(GenerateEvent::Failed)?;
+        let mut tokens = prompt;
+        tokens.extend_from_slice(answer.resumed());
+        let full = !answer.resumed().is_empty() && tokens.len() >= self.ctx;
+        if let Some(reason) = answer.ended().or(full.then_some(FinishReason::Length)) {
+            return Err(answer.finish(reason));
+        }
+        self.engine
+            .handle_resume(request, tokens, answer.resumed().len() as u32, answer.tokens_left())
+            .map_err(|e| GenerateEvent::Failed(submit_error(e)))?;
+        Ok(answer)
     }
 
     /// Sends what can be sent. A stage that is the whole model computes one micro-batch and leaves the rest to the next

@@ -39,12 +39,17 @@ impl PromptMaker {
         request.check()?;
         let bad = |m: String| RequestError::new(ErrorKind::BadRequest, m);
         let vocab = &self.vocab;
+        let in_vocabulary = |tokens: &[i32]| {
+            let n_vocab = vocab.n_tokens();
+            match tokens.iter().find(|t| !(0..n_vocab as i32).contains(*t)) {
+                Some(token) => Err(bad(format!("token {token} is not in the vocabulary of {n_vocab} tokens"))),
+                None => Ok(()),
+            }
+        };
+        in_vocabulary(&request.resume)?;
         let tokens = match &request.prompt {
             Prompt::Tokens(tokens) => {
-                let n_vocab = vocab.n_tokens();
-                if let Some(token) = tokens.iter().find(|t| !(0..n_vocab as i32).contains(*t)) {
-                    return Err(bad(format!("token {token} is not in the vocabulary of {n_vocab} tokens")));
-                }
+                in_vocabulary(tokens)?;
                 tokens.clone()
             }
             Prompt::Text(text) => {

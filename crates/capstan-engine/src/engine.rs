@@ -92,6 +92,19 @@ impl Engine {
         prompt: Vec<i32>,
         max_tokens: Option<u32>,
     ) -> Result<(), SubmitError> {
+        self.handle_resume(id, prompt, 0, max_tokens)
+    }
+
+    /// The same for a request whose last `answered` tokens are an answer that was begun in a lost epoch; `max_tokens`
+    /// counts those to come. Where shapes are fixed, these tokens are computed one by one, as they were the first time:
+    /// then the answer goes on bit for bit as if nothing had happened.
+    pub fn handle_resume(
+        &mut self,
+        id: RequestId,
+        prompt: Vec<i32>,
+        answered: u32,
+        max_tokens: Option<u32>,
+    ) -> Result<(), SubmitError> {
         let ctx = self.config.ctx;
         if prompt.is_empty() {
             return Err(SubmitError::Empty);
@@ -110,7 +123,7 @@ impl Engine {
         if self.queue.len() >= self.config.queue_max.saturating_add(free) {
             return Err(SubmitError::Busy { queue_max: self.config.queue_max });
         }
-        self.queue.push(Request { id, prompt, max_tokens });
+        self.queue.push(Request { id, prompt, answered, max_tokens });
         self.debug_check();
         Ok(())
     }
@@ -334,13 +347,16 @@ impl Engine {
         };
         while let Some(request) = self.queue.front() {
             let Some(seat) = prefix::seat(&self.slots.held(), &request.prompt, rules) else { return };
-            let Some(Request { id, prompt, max_tokens }) = self.queue.pop() else { return };
+            let Some(Request { id, prompt, answered, max_tokens }) = self.queue.pop() else { return };
             self.ops.extend(seat.ops);
             self.totals.prompt_tokens += prompt.len() as u64;
             self.totals.cached_tokens += u64::from(seat.cached);
             self.started.push_back(Started { id, slot: seat.slot, cached: seat.cached });
             let tokens_max = max_tokens.unwrap_or(u32::MAX);
-            self.slots.occupy(seat.slot, Sequence::new(id, prompt, tokens_max, self.admissions, seat.cached));
+            let asked = (prompt.len() as u32).saturating_sub(answered);
+            let mut sequence = Sequence::new(id, prompt, tokens_max, self.admissions, seat.cached);
+            sequence.asked = asked;
+            self.slots.occupy(seat.slot, sequence);
             self.admissions += 1;
         }
     }
@@ -411,7 +427,8 @@ impl Engine {
         let sequence = self.slots.get_mut(slot)?;
         let (start, left) = (sequence.kv_rows, sequence.prompt_left());
         let count = if fixed_shapes {
-            chunk - start % chunk
+            // What was answered before went token by token.
+            if start < sequence.asked { (chunk - start % chunk).min(sequence.asked - start) } else { 1 }
         } else if let Some(share) = share {
             self.turns.rows(share.rows)
         } else {

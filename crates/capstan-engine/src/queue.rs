@@ -8,6 +8,8 @@ use capstan_proto::RequestId;
 pub(crate) struct Request {
     pub id: RequestId,
     pub prompt: Vec<i32>,
+    /// Of the prompt so many last tokens were answered in a lost epoch.
+    pub answered: u32,
     pub max_tokens: Option<u32>,
 }
 

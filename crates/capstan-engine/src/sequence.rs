@@ -62,6 +62,8 @@ pub(crate) struct Sequence {
     pub proposed: Option<i32>,
     pub record: Record,
     pub ngrams: Ngrams,
+    /// Of the prompt so many were asked; the rest was answered in a lost epoch.
+    pub asked: u32,
     prompt: u32,
     tokens_max: u32,
 }
@@ -94,6 +96,7 @@ impl Sequence {
             proposed: None,
             record: Record::default(),
             ngrams: Ngrams::default(),
+            asked: prompt.len() as u32,
             prompt: prompt.len() as u32,
             tokens_max,
             tokens: prompt,

@@ -159,6 +159,21 @@ fn chunks_of_one_prompt_fill_the_pipeline() {
 }
 
 #[test]
+fn an_answer_that_is_taken_up_again_is_computed_in_the_shapes_it_had() {
+    let mut ring = Ring::new(EngineConfig { fixed_shapes: true, ..plain(2, 1, 256, 16) }, FakeModel::small());
+    let (asked, whole) = (prompt(20), alone(FakeModel::small(), &prompt(20), Some(9), 256).0);
+    let tokens: Vec<i32> = asked.iter().chain(&whole[..3]).copied().collect();
+    ring.resume(1, tokens, 3, Some(6));
+    ring.drain(&mut Dice(0));
+    let rows: Vec<usize> = ring.planned.iter().take(5).map(|b| b.rows.len()).collect();
+    assert_eq!(rows, [16, 4, 1, 1, 1]);
+    // Only the last of them tells a new token.
+    let outputs: Vec<usize> = ring.planned.iter().take(5).map(|b| b.rows.iter().filter(|r| r.output).count()).collect();
+    assert_eq!(outputs, [0, 0, 0, 0, 1]);
+    assert_eq!(ring.answers[&RequestId(1)], whole[3..]);
+}
+
+#[test]
 fn sequences_that_decode_are_dealt_over_the_stages() {
     for (sequences, decode_batch, groups) in [(1, 8, 1), (3, 8, 3), (7, 8, 3), (7, 2, 4)] {
         let config = EngineConfig { decode_batch, speculation_depth: 0, ..plain(3, 8, 4096, 64) };

@@ -150,6 +150,19 @@ impl Sampler {
         unsafe { sys::llama_sampler_accept(self.chain.as_ptr(), token) };
     }
 
+    /// This token was drawn and taken before, by another sampler with the same rules and seed: afterwards this one is as
+    /// that one was. llama.cpp draws one random number for each choice, however many candidates there are.
+    pub fn replay(&mut self, token: i32) {
+        if !self.plain_greedy {
+            let mut only = sys::llama_token_data { id: token, logit: 0.0, p: 0.0 };
+            let mut array = sys::llama_token_data_array { data: &mut only, size: 1, selected: -1, sorted: false };
+            // SAFETY: the chain is live and used by this thread alone; the array describes one candidate, which outlives
+            // the call.
+            unsafe { sys::llama_sampler_apply(self.chain.as_ptr(), &mut array) };
+        }
+        self.accept(token);
+    }
+
     /// The prompt, for the penalties; only its last `repeat_last_n` tokens are looked at.
     pub fn accept_prompt(&mut self, tokens: &[i32]) {
         let start = tokens.len().saturating_sub(self.history);
@@ -286,6 +299,31 @@ mod tests {
         assert_eq!(seeded(u32::MAX), seeded(u32::MAX));
         let free = || draw(&Sampling::default(), &logits, 40);
         assert_ne!(free(), free());
+    }
+
+    #[test]
+    fn a_sampler_that_replays_goes_on_as_the_one_before_would_have() {
+        let logits: Vec<f32> = (0..300).map(|i| (i % 23) as f32 * 0.2).collect();
+        let plain = Sampling { seed: Some(5), ..Sampling::default() };
+        for sampling in [
+            plain.clone(),
+            Sampling { top_k: 40, top_p: 0.9, min_p: 0.01, temperature: 0.7, ..plain.clone() },
+            Sampling { frequency_penalty: 0.5, repeat_penalty: 1.2, logit_bias: vec![(3, -50.0)], ..plain.clone() },
+            Sampling { presence_penalty: 1.0, ..greedy() },
+            greedy(),
+        ] {
+            let whole = draw(&sampling, &logits, 60);
+            let mut again = Sampler::with_vocab_size(&sampling, logits.len()).unwrap();
+            whole[..35].iter().for_each(|t| again.replay(*t));
+            let rest: Vec<i32> = (0..25)
+                .map(|_| {
+                    let token = again.sample(&logits).unwrap();
+                    again.accept(token);
+                    token
+                })
+                .collect();
+            assert_eq!(rest, whole[35..], "{sampling:?}");
+        }
     }
 
     #[test]

@@ -6,9 +6,22 @@ use capstan_planner::StagePlan;
 use capstan_proto::child::{Scheduling, StageSpec, WindowIo};
 use capstan_proto::manage::{DeploymentStatus, Health, LoadRequest, StageStatus};
 use capstan_proto::{DeploymentId, Epoch, NodeId};
+use serde::{Deserialize, Serialize};
 
 use crate::cutter::OpenModel;
 use crate::rehearsal::MadeUp;
+
+/// Who chose the placement.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Choice {
+    /// Somebody said which layers go where: it stays so.
+    #[default]
+    Layers,
+    /// Somebody named the nodes.
+    Nodes(Vec<NodeId>),
+    /// The planner.
+    Planner,
+}
 
 /// What a deployment is made of.
 #[derive(Clone)]
@@ -27,6 +40,8 @@ pub(crate) struct Blueprint {
     pub(crate) created_unix_s: u64,
     /// Why it runs whole; empty when there is nothing to say.
     pub(crate) remark: String,
+    /// Who chose the nodes and layers.
+    pub(crate) choice: Choice,
     /// What was asked, where the placement was left to the planner.
     pub(crate) request: Option<LoadRequest>,
     /// Weights that are made up, for a rehearsal.

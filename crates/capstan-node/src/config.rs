@@ -6,6 +6,10 @@ use std::time::Duration;
 
 /// One micro-batch of a large model may take a slow machine a minute; nothing healthy takes five.
 const STALL_LIMIT: Duration = Duration::from_secs(300);
+/// Service managers kill after 90 seconds what has not ended by itself.
+const DRAIN_LIMIT: Duration = Duration::from_secs(60);
+/// A machine that restarts is back within this time; whoever waits longer wants to know.
+const RESUME_LIMIT: Duration = Duration::from_secs(600);
 
 /// What a node is told when it starts.
 #[derive(Clone, Debug)]
@@ -26,6 +30,10 @@ pub struct NodeConfig {
     pub measure: bool,
     /// How long a driver may have requests and say nothing of them before its process counts as hung.
     pub stall_limit: Duration,
+    /// How long a node that is stopped lets answers in progress finish.
+    pub drain_limit: Duration,
+    /// How long a request waits for a model whose stages were lost, before it fails.
+    pub resume_limit: Duration,
     /// Program and arguments of a compute child: usually this very binary and `compute`.
     pub compute_command: Vec<OsString>,
 }
@@ -42,6 +50,8 @@ impl NodeConfig {
             gpu_layers: -1,
             measure: true,
             stall_limit: STALL_LIMIT,
+            drain_limit: DRAIN_LIMIT,
+            resume_limit: RESUME_LIMIT,
             compute_command,
         }
     }

@@ -9,14 +9,17 @@
 //!      │ one ended, away        │ a link broke, all live            │
 //!      └────────────────────────┴───────────────────────────────────┘ Recovering
 //! ```
+//!
+//! A node that stays away loses its layers to the others, if they can hold them ([`displace`]).
 mod cuts;
+mod displace;
 mod ending;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
-use capstan_planner::StagePlan;
+use capstan_planner::{Placement, StagePlan};
 use capstan_proto::child::{ChildStats, PeerAddr, StageInfo, WindowIo, Wiring};
 use capstan_proto::control::{StageCommand, StageEvent, StageFile, StageOrder, clip};
 use capstan_proto::manage::{DeploymentStatus, Health, LoadEvent, StageStatus};
@@ -28,6 +31,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use crate::arrival::FileSource;
 use crate::blueprint::Blueprint;
 use crate::coordinator::cuts::{Cut, Supply};
+use crate::coordinator::displace::Displacing;
 use crate::node::Shared;
 use crate::session::{self, SessionEvent};
 
@@ -56,10 +60,12 @@ pub(crate) enum Message {
     Session(usize, u64, SessionEvent),
     /// A session's events have ended.
     Closed(usize, u64),
-    /// A stage's file is there for it, or could not be made.
-    Cut(usize, StageFile, Result<Cut, String>),
+    /// A stage's file is there for it, or could not be made. The first number tells the layouts apart.
+    Cut(u64, usize, StageFile, Result<Cut, String>),
     /// Bytes of a shard that is being cut.
-    Cutting(usize, u64, u64),
+    Cutting(u64, usize, u64, u64),
+    /// Where the layers could go without the nodes that are away.
+    Planned(u64, Result<Placement, String>),
     /// A node is no member any more.
     MemberLeft(NodeId),
     /// End the deployment; answer when it is gone.
@@ -81,9 +87,30 @@ struct Stage {
     draft: Supply,
     crashes: VecDeque<Instant>,
     retry_at: Option<Instant>,
+    /// Since when its node does not answer.
+    away_since: Option<Instant>,
 }
 
 impl Stage {
+    fn new(plan: &StagePlan, model: &capstan_gguf::Model, generation: u64) -> Self {
+        Self {
+            io: model.window_io(plan.layers),
+            shard_bytes: model.shard_bytes(plan.layers),
+            plan: plan.clone(),
+            generation,
+            commands: None,
+            loaded: None,
+            connected: false,
+            silent_since: None,
+            stats: ChildStats::default(),
+            shard: Supply::default(),
+            draft: Supply::default(),
+            crashes: VecDeque::new(),
+            retry_at: None,
+            away_since: None,
+        }
+    }
+
     fn supply(&mut self, file: StageFile) -> &mut Supply {
         match file {
             StageFile::Shard => &mut self.shard,
@@ -114,6 +141,7 @@ pub(crate) struct Coordinator {
     /// Ends what is being cut; when the coordinator is gone, too.
     cuts_stop: CancellationToken,
     _cuts_stop: DropGuard,
+    displacing: Displacing,
     /// Who waits until the deployment is unloaded.
     unloads: Vec<oneshot::Sender<()>>,
 }
@@ -130,25 +158,7 @@ impl Coordinator {
     ) -> (Self, Outbox) {
         let (outbox, inbox) = mpsc::channel(QUEUE);
         let model = &blueprint.model.model;
-        let stages = blueprint
-            .stages
-            .iter()
-            .map(|plan| Stage {
-                io: model.window_io(plan.layers),
-                shard_bytes: model.shard_bytes(plan.layers),
-                plan: plan.clone(),
-                generation: 0,
-                commands: None,
-                loaded: None,
-                connected: false,
-                silent_since: None,
-                stats: ChildStats::default(),
-                shard: Supply::default(),
-                draft: Supply::default(),
-                crashes: VecDeque::new(),
-                retry_at: None,
-            })
-            .collect();
+        let stages = blueprint.stages.iter().map(|plan| Stage::new(plan, model, 0)).collect();
         let initial = progress.is_some();
         let cuts_stop = CancellationToken::new();
         let coordinator = Self {
@@ -170,6 +180,7 @@ impl Coordinator {
             rewires: VecDeque::new(),
             _cuts_stop: cuts_stop.clone().drop_guard(),
             cuts_stop,
+            displacing: Displacing::new(&blueprint),
             unloads: Vec::new(),
             blueprint,
         };
@@ -184,7 +195,8 @@ impl Coordinator {
         }
         self.publish();
         loop {
-            let due = self.stages.iter().filter_map(|s| s.retry_at).chain(self.rewire_at).min();
+            let looks = self.displacing.look_at();
+            let due = self.stages.iter().filter_map(|s| s.retry_at).chain(self.rewire_at).chain(looks).min();
             let outcome = tokio::select! {
                 // The inbox never closes: the coordinator holds a sender itself.
                 message = self.inbox.recv() => match message {
@@ -225,7 +237,8 @@ impl Coordinator {
             // Only an unload ends this state.
             return Ok(());
         }
-        let current = |s: &Self, i: usize, generation| s.stages[i].generation == generation;
+        // An earlier placement may have had more stages.
+        let current = |s: &Self, i: usize, generation| s.stages.get(i).is_some_and(|s| s.generation == generation);
         match message {
             Message::Session(i, generation, event) if current(self, i, generation) => match event {
                 SessionEvent::Stage(event) => self.heard(i, event)?,
@@ -235,10 +248,18 @@ impl Coordinator {
                 self.ended(i, "ended without a word".into())?;
             }
             Message::Session(..) | Message::Closed(..) => {}
-            Message::Cutting(i, done_bytes, total_bytes) => {
+            Message::Cutting(layout, i, done_bytes, total_bytes) if layout == self.displacing.layout => {
                 self.tell(LoadEvent::Cutting { stage: i as u16, done_bytes, total_bytes });
             }
-            Message::Cut(i, file, result) => self.was_cut(i, file, result)?,
+            Message::Cutting(..) => {}
+            Message::Cut(layout, i, file, result) => {
+                if layout == self.displacing.layout {
+                    self.was_cut(i, file, result)?;
+                } else if let Ok(cut) = result {
+                    self.discard(cut);
+                }
+            }
+            Message::Planned(layout, result) => self.planned(layout, result),
             Message::MemberLeft(node) => {
                 if let Some(i) = self.stages.iter().position(|s| s.plan.node == node) {
                     let stage = self.name_stage(i);
@@ -305,6 +326,7 @@ impl Coordinator {
             StageEvent::Loading { permille } => self.tell(LoadEvent::Loading { stage, permille: permille.min(1000) }),
             StageEvent::Loaded { addr, info } => {
                 self.stages[i].loaded = Some((addr, info));
+                self.stages[i].away_since = None;
                 self.tell(LoadEvent::Loaded { stage });
                 self.publish();
                 if self.stages.iter().all(|s| s.loaded.is_some()) {
@@ -366,6 +388,9 @@ impl Coordinator {
         // A stage that comes up and is killed again and again is worth starting once more; one that does not come up is
         // not.
         if times >= CRASHES_MAX && !had_served {
+            if self.go_home() {
+                return Ok(());
+            }
             return Err(format!(
                 "{what}, for the {times}th time within a minute; unload the model and see the node's log"
             ));
@@ -387,7 +412,10 @@ impl Coordinator {
         if !self.shared.membership.is_member(node) {
             return Err(format!("stage {i} is gone because node {name} left the cluster; load the model again"));
         }
-        self.stages[i].retry_at = Some(Instant::now() + AWAY_RETRY);
+        let now = Instant::now();
+        self.stages[i].retry_at = Some(now + AWAY_RETRY);
+        self.stages[i].away_since.get_or_insert(now);
+        self.displacing.look_soon();
         self.abort_requests(&format!("node {name}, which runs stage {i}, does not answer; try again in a moment"));
         self.trouble(format!("waiting for node {name}, which runs stage {i}: {reason}"));
         Ok(())
@@ -413,6 +441,9 @@ impl Coordinator {
 
     fn tick(&mut self) -> Result<(), String> {
         let now = Instant::now();
+        if self.displacing.look_at().is_some_and(|t| t <= now) {
+            self.look_after_nodes()?;
+        }
         for i in 0..self.stages.len() {
             if self.stages[i].retry_at.is_some_and(|t| t <= now) {
                 self.start(i);

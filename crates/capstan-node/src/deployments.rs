@@ -12,7 +12,7 @@ use capstan_proto::{DeploymentId, LayerRange, NodeId, limits};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
 
-use crate::blueprint::Blueprint;
+use crate::blueprint::{Blueprint, Choice};
 use crate::coordinator::{Coordinator, Message, Outbox};
 use crate::cutter::OpenModel;
 use crate::error::NodeError;
@@ -72,6 +72,9 @@ struct Saved {
     /// What was asked, where the placement was left to the planner.
     #[serde(default)]
     request: Option<LoadRequest>,
+    /// None in files of a capstan that always waited for a node.
+    #[serde(default)]
+    choice: Option<Choice>,
 }
 
 #[derive(Clone, Serialize, Deserialize)]
@@ -168,6 +171,7 @@ impl Deployments {
             created_unix_s: b.created_unix_s,
             stages: b.stages.iter().map(stage).collect(),
             request: b.request.clone(),
+            choice: Some(b.choice.clone()),
         };
         self.save(|saved| {
             saved.retain(|s| s.id != b.id);
@@ -322,6 +326,11 @@ pub(crate) async fn load_because(
     let (ctx, ubatch) = (request.ctx.unwrap_or(ctx_default), UBATCH);
     let spares_per_stage = wanted.spares_per_stage();
     let draft_bytes = wanted.draft_bytes(ctx, ubatch);
+    let choice = match (nodes.is_empty(), layers.is_empty()) {
+        (_, false) => Choice::Layers,
+        (false, true) => Choice::Nodes(nodes.clone()),
+        (true, true) => Choice::Planner,
+    };
     let options = PlanOptions { ctx, slots, spares_per_stage, draft_bytes, ubatch, nodes, layers };
     let sparse = request.rehearsal.is_some_and(|r| r.sparse);
     let (placement, forecast) = placing::place(shared, &model, options, sparse).await?;
@@ -352,6 +361,7 @@ pub(crate) async fn load_because(
         remark: remarks.join("; "),
         rehearsal,
         model,
+        choice,
         request,
     };
     let planned = LoadEvent::Planned {
@@ -489,6 +499,7 @@ pub(crate) async fn resume(shared: Arc<Shared>) {
                     draft,
                     created_unix_s: one.created_unix_s,
                     remark: String::new(),
+                    choice: one.choice.clone().unwrap_or_default(),
                     request: one.request.clone(),
                     rehearsal: None,
                 };

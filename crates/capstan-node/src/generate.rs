@@ -1,8 +1,10 @@
-//! A request's way: find the deployment, hand it to the driver's node, bring the events back.
+//! A request's way: find the deployment, hand it to the driver's node, bring the events back. When a stage is lost, the
+//! answer waits until the stages stand again and goes on where it stopped.
 //!
-//! The log of a request's tokens is held here, in the daemon that took the call, and not in the child: a crash of the
-//! child loses none of it.
+//! The log of a request's tokens ([`Transcript`]) is held here, in the daemon that took the call, and not in the child: a
+//! crash of the child, or of the driver's whole node, loses none of it.
 use std::sync::Arc;
+use std::time::Duration;
 
 use capstan_proto::control::{GenerateReply, Request};
 use capstan_proto::generate::{ErrorKind, GenerateEvent, GenerateRequest, RequestError};
@@ -10,20 +12,23 @@ use capstan_proto::manage::{DeploymentStatus, Health};
 use capstan_proto::{DeploymentId, NodeId, limits};
 use iroh::endpoint::{RecvStream, SendStream, VarInt};
 use tokio::sync::mpsc;
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout};
 
 use crate::control_client::CALL_TIMEOUT;
 use crate::frames;
 use crate::node::Shared;
 use crate::requests::{EventStream, is_last};
+use crate::transcript::Transcript;
 
 /// Stream code of a cancelled request.
 const CANCELLED: VarInt = VarInt::from_u32(2);
+/// How often a request that waits looks whether its model answers again.
+const LOOK: Duration = Duration::from_millis(50);
 
 /// Where a request's events come from.
 enum Source {
     Here(EventStream),
-    There { send: SendStream, recv: RecvStream, node: String },
+    There { send: SendStream, recv: RecvStream, driver: NodeId, node: String },
 }
 
 impl Source {
@@ -47,7 +52,15 @@ impl Source {
         }
     }
 
-    /// The client is gone.
+    /// The node whose word is waited for, if it is another.
+    fn driver(&self) -> Option<NodeId> {
+        match self {
+            Self::Here(_) => None,
+            Self::There { driver, .. } => Some(*driver),
+        }
+    }
+
+    /// The client is gone, or goes elsewhere.
     fn cancel(self) {
         if let Self::There { mut send, mut recv, .. } = self {
             // Both fail only when the other side has ended the stream, which is what is wanted.
@@ -63,24 +76,186 @@ pub(crate) async fn generate(
     request: GenerateRequest,
 ) -> Result<mpsc::Receiver<GenerateEvent>, RequestError> {
     request.check()?;
-    let deployment = find(shared, &request.model)?;
-    let driver =
-        deployment.stages.last().map(|s| s.node).ok_or_else(|| {
-            RequestError::new(ErrorKind::Internal, "the deployment has no stages; load the model again")
-        })?;
-    let body = Box::new(request);
-    let source = if driver == shared.id {
-        Source::Here(shared.stages.submit(deployment.id, body).await?)
-    } else {
-        there(shared, deployment.id, driver, body).await?
+    if shared.draining.is_cancelled() {
+        let message = "this node is being stopped; ask another node, or this one again when it is back";
+        return Err(RequestError::new(ErrorKind::Unavailable, message));
+    }
+    let mut call = Call { shared: shared.clone(), transcript: Transcript::new(request) };
+    // What is wrong with the request itself is said before anything is sent.
+    let first = match call.attempt().await {
+        Ok(source) => Ok(source),
+        Err(refusal) if refusal.worth_waiting(&call.transcript) => Err(refusal.error),
+        Err(refusal) => return Err(refusal.error),
     };
     let (events, receiver) = mpsc::channel(limits::EVENT_QUEUE);
-    tokio::spawn(forward(source, events, deployment.name));
+    shared.calls.spawn(call.run(first, events));
     Ok(receiver)
 }
 
+/// Why an attempt did not begin.
+struct Refusal {
+    error: RequestError,
+    /// The model is being mended, which ends by itself.
+    mending: bool,
+}
+
+impl From<RequestError> for Refusal {
+    fn from(error: RequestError) -> Self {
+        Self { mending: false, error }
+    }
+}
+
+impl Refusal {
+    /// Whether the model will answer again without anybody's doing. A request that had begun waits for more than one
+    /// that is new: its place in the queue was granted already.
+    fn worth_waiting(&self, transcript: &Transcript) -> bool {
+        let lost = matches!(self.error.kind, ErrorKind::Unavailable | ErrorKind::StageLost);
+        self.mending || transcript.begun() && (lost || self.error.kind == ErrorKind::Busy)
+    }
+}
+
+/// One request while it is being answered.
+struct Call {
+    shared: Arc<Shared>,
+    transcript: Transcript,
+}
+
+impl Call {
+    /// Hands the request, as far as it has come, to the driver that is there now.
+    async fn attempt(&mut self) -> Result<Source, Refusal> {
+        let shared = &self.shared;
+        let deployment = find(shared, self.transcript.model())?;
+        let driver = deployment.stages.last().map(|s| s.node).ok_or_else(|| {
+            RequestError::new(ErrorKind::Internal, "the deployment has no stages; load the model again")
+        })?;
+        let body = Box::new(self.transcript.request());
+        let source = if driver == shared.id {
+            shared.stages.submit(deployment.id, body).await.map(Source::Here)
+        } else {
+            there(shared, deployment.id, driver, body).await
+        };
+        // The news that a stage is lost may not have come this far yet; the driver's own word counts.
+        let source = source.map_err(|error| Refusal { mending: error.kind == ErrorKind::Unavailable, error })?;
+        self.transcript.taken();
+        Ok(source)
+    }
+
+    /// Brings events to the client until the answer is complete. Only this request waits for it.
+    async fn run(mut self, first: Result<Source, RequestError>, events: mpsc::Sender<GenerateEvent>) {
+        let mut next = first;
+        let last = loop {
+            let trouble = match next {
+                Ok(source) => match self.forward(source, &events).await {
+                    Some(error) => error,
+                    None => return,
+                },
+                Err(error) => error,
+            };
+            if !self.transcript.may_go_on() {
+                break trouble;
+            }
+            let stop = self.shared.stop.clone();
+            let because = trouble.clone();
+            let resumed = tokio::select! {
+                resumed = self.resume(trouble, &events) => resumed,
+                () = events.closed() => return,
+                () = stop.cancelled() => Err(because),
+            };
+            match resumed {
+                Ok(source) => next = Ok(source),
+                Err(error) => break error,
+            }
+        };
+        tracing::warn!(model = self.transcript.model(), error = %last, "a request failed");
+        events.send(GenerateEvent::Failed(last)).await.ok();
+    }
+
+    /// Forwards one attempt's events. An error is worth another attempt; none means that the client has its last event,
+    /// or is gone.
+    async fn forward(
+        &mut self,
+        mut source: Source,
+        events: &mpsc::Sender<GenerateEvent>,
+    ) -> Option<RequestError> {
+        let (shared, driver) = (self.shared.clone(), source.driver());
+        let silent = fell_silent(&shared, driver);
+        tokio::pin!(silent);
+        loop {
+            let event = tokio::select! {
+                event = source.recv() => event,
+                () = events.closed() => None,
+                // A machine that is gone says nothing; its connection would tell some seconds later.
+                node = &mut silent => {
+                    source.cancel();
+                    let message = format!("node {node}, which makes the answer, does not answer any more");
+                    return Some(RequestError::new(ErrorKind::StageLost, message));
+                }
+            };
+            let event = match event {
+                Some(GenerateEvent::Failed(error))
+                    if matches!(error.kind, ErrorKind::StageLost | ErrorKind::Unavailable) =>
+                {
+                    return Some(error);
+                }
+                // Others were quicker to come back; its turn comes.
+                Some(GenerateEvent::Failed(error)) if error.kind == ErrorKind::Busy && self.transcript.resumed() => {
+                    self.transcript.sent_back();
+                    return Some(error);
+                }
+                Some(event) => self.transcript.note(event),
+                None => break,
+            };
+            let last = is_last(&event);
+            if events.send(event).await.is_err() || last {
+                break;
+            }
+        }
+        tracing::debug!(model = self.transcript.model(), tokens = self.transcript.len(), "a request ended");
+        source.cancel();
+        None
+    }
+
+    /// Waits until the model answers again and hands the rest of the request to it.
+    async fn resume(
+        &mut self,
+        trouble: RequestError,
+        events: &mpsc::Sender<GenerateEvent>,
+    ) -> Result<Source, RequestError> {
+        let until = Instant::now() + self.shared.config.resume_limit;
+        let reason = trouble.message.clone();
+        tracing::info!(model = self.transcript.model(), tokens = self.transcript.len(), reason, "a request waits");
+        // A client that reads slowly learns of the pause when it is over.
+        events.try_send(GenerateEvent::Paused { reason }).ok();
+        let mut last = trouble;
+        loop {
+            match self.attempt().await {
+                Ok(source) => return Ok(source),
+                Err(refusal) if refusal.worth_waiting(&self.transcript) => last = refusal.error,
+                // It was unloaded: that is why it stopped, and what is loaded now does not matter.
+                Err(refusal) if refusal.error.kind == ErrorKind::ModelNotFound => return Err(last),
+                Err(refusal) => return Err(refusal.error),
+            }
+            if Instant::now() > until {
+                let waited = self.shared.config.resume_limit.as_secs();
+                let message = format!("the answer waited {waited} s for the model to come back: {}", last.message);
+                return Err(RequestError::new(last.kind, message));
+            }
+            sleep(LOOK).await;
+        }
+    }
+}
+
+/// Returns when the node that makes the answer does not answer others any more.
+async fn fell_silent(shared: &Shared, driver: Option<NodeId>) -> String {
+    let Some(driver) = driver else { return std::future::pending().await };
+    while shared.membership.online(driver) {
+        sleep(LOOK).await;
+    }
+    shared.membership.name_of(driver)
+}
+
 /// The deployment by this name that can answer, or why none can.
-fn find(shared: &Shared, name: &str) -> Result<DeploymentStatus, RequestError> {
+fn find(shared: &Shared, name: &str) -> Result<DeploymentStatus, Refusal> {
     let all = shared.all_deployments();
     let Some(found) =
         all.iter().filter(|d| d.name == name).min_by_key(|d| (d.health != Health::Ready, d.created_unix_s))
@@ -96,24 +271,32 @@ fn find(shared: &Shared, name: &str) -> Result<DeploymentStatus, RequestError> {
         return Err(RequestError::new(
             ErrorKind::ModelNotFound,
             format!("there is no model {:?}; {have}", name.chars().take(100).collect::<String>()),
-        ));
+        )
+        .into());
     };
-    let unavailable = |why: String| Err(RequestError::new(ErrorKind::Unavailable, why));
+    let unavailable =
+        |mending, why: String| Err(Refusal { mending, error: RequestError::new(ErrorKind::Unavailable, why) });
     if !shared.membership.online(found.coordinator) {
         let node = shared.membership.name_of(found.coordinator);
-        return unavailable(format!(
-            "the model {name:?} is looked after by node {node}, which does not answer; start it again"
-        ));
+        return unavailable(
+            true,
+            format!("the model {name:?} is looked after by node {node}, which does not answer; start it again"),
+        );
     }
     match found.health {
         Health::Ready => Ok(found.clone()),
-        Health::Loading => unavailable(format!("the model {name:?} is still being loaded; try again in a moment")),
+        Health::Loading => {
+            unavailable(false, format!("the model {name:?} is still being loaded; try again in a moment"))
+        }
         Health::Recovering => {
-            unavailable(format!("the model {name:?} is recovering ({}); try again in a moment", found.detail))
+            unavailable(true, format!("the model {name:?} is recovering ({}); try again in a moment", found.detail))
         }
-        Health::Failed => {
-            unavailable(format!("the model {name:?} has failed ({}); unload it and load it again", found.detail))
-        }
+        // Only a person can mend that, so nobody waits for it.
+        Health::Failed => Err(RequestError::new(
+            ErrorKind::Internal,
+            format!("the model {name:?} has failed ({}); unload it and load it again", found.detail),
+        )
+        .into()),
     }
 }
 
@@ -129,35 +312,11 @@ async fn there(
         shared.client.open(driver, &Request::Generate { deployment, body }).await.map_err(|e| away(e.to_string()))?;
     let reply = timeout(CALL_TIMEOUT, frames::expect::<GenerateReply>(&mut recv, limits::MESSAGE_BYTES_MAX)).await;
     match reply {
-        Ok(Ok(GenerateReply::Accepted)) => Ok(Source::There { send, recv, node }),
+        Ok(Ok(GenerateReply::Accepted)) => Ok(Source::There { send, recv, driver, node }),
         Ok(Ok(GenerateReply::Refused(error))) => Err(error),
         Ok(Err(error)) => Err(away(format!("node {node} did not take the request: {error}"))),
         Err(_) => Err(away(format!("node {node} did not answer within {} s", CALL_TIMEOUT.as_secs()))),
     }
-}
-
-/// Brings events to the client. Only this request waits for it.
-async fn forward(mut source: Source, events: mpsc::Sender<GenerateEvent>, model: String) {
-    let mut tokens: Vec<i32> = Vec::new();
-    loop {
-        let event = tokio::select! {
-            event = source.recv() => event,
-            () = events.closed() => None,
-        };
-        let Some(event) = event else { break };
-        if let GenerateEvent::Token { token, .. } = &event {
-            tokens.push(*token);
-        }
-        if let GenerateEvent::Failed(error) = &event {
-            tracing::warn!(model, tokens = tokens.len(), %error, "a request failed");
-        }
-        let last = is_last(&event);
-        if events.send(event).await.is_err() || last {
-            break;
-        }
-    }
-    tracing::debug!(model, tokens = tokens.len(), "a request ended");
-    source.cancel();
 }
 
 /// Serves a request that another node's daemon hands to the driver here.

@@ -45,6 +45,7 @@ mod membership;
 mod moving;
 pub mod node;
 mod placing;
+mod pulse;
 mod rehearsal;
 mod requests;
 mod runs;
@@ -54,6 +55,7 @@ mod service_impl;
 mod session;
 mod stages;
 mod throttle;
+mod transcript;
 mod view;
 
 pub use config::NodeConfig;

@@ -147,6 +147,11 @@ impl Membership {
         id == self.id || self.state().detector.online(id, now_ms())
     }
 
+    /// Whether a node stopped answering without a goodbye.
+    pub(crate) fn fell_silent(&self, id: NodeId) -> bool {
+        self.state().detector.fell_silent(id, now_ms())
+    }
+
     /// Takes over what another member knows better. Returns whether anything changed.
     pub(crate) fn merge(&self, entries: Vec<Member>) -> bool {
         let changed = {

@@ -14,8 +14,9 @@ use iroh::Endpoint;
 use iroh::endpoint::{Connection, VarInt};
 use iroh::protocol::Router;
 use tokio::sync::Notify;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use crate::config::NodeConfig;
 use crate::control_client::{CALL_TIMEOUT, ControlClient};
@@ -104,6 +105,12 @@ pub(crate) struct Shared {
     stages_stop: Mutex<CancellationToken>,
     /// Joining and leaving exclude each other.
     pub(crate) moving: tokio::sync::Mutex<()>,
+    /// Answers that were asked of this node's API.
+    pub(crate) calls: TaskTracker,
+    /// No new answers are begun here: the node is being stopped.
+    pub(crate) draining: CancellationToken,
+    /// Whoever waits for answers to end waits no longer.
+    pub(crate) hurry: CancellationToken,
     pub(crate) stop: CancellationToken,
     pub(crate) stopped: CancellationToken,
 }
@@ -293,6 +300,9 @@ pub struct Node {
     router: Router,
 }
 
+/// How long the start waits until the models of before are open; one may lie on a disk that does not answer.
+const RESUME_WAIT: Duration = Duration::from_secs(10);
+
 impl Node {
     /// Starts a node: opens its folder, binds its socket, and takes up its cluster and deployments where it left them.
     pub async fn start(config: NodeConfig) -> Result<Arc<Node>, NodeError> {
@@ -324,11 +334,19 @@ impl Node {
             poll_now: Notify::new(),
             stages_stop: Mutex::new(CancellationToken::new()),
             moving: tokio::sync::Mutex::new(()),
+            calls: TaskTracker::new(),
+            draining: CancellationToken::new(),
+            hurry: CancellationToken::new(),
             stop: CancellationToken::new(),
             stopped: CancellationToken::new(),
         });
         if let Some(profile) = measuring::known(&shared.config.data_dir) {
             shared.machine.set_profile(profile);
+        }
+        // Before others can ask: a node must not say that it serves nothing while it only has not looked yet.
+        let resumed = tokio::spawn(until_stopped(shared.clone(), deployments::resume(shared.clone())));
+        if timeout(RESUME_WAIT, resumed).await.is_err() {
+            tracing::warn!("models of before the start take long to open; they come back later");
         }
         let may_fetch = move |peer: iroh::EndpointId| membership.is_member(endpoint::node_id(peer));
         let router = Router::builder(endpoint)
@@ -350,7 +368,6 @@ impl Node {
             tokio::spawn(until_stopped(shared.clone(), measuring::link_loop(shared.clone())));
             tokio::spawn(until_stopped(shared.clone(), moving::move_loop(shared.clone())));
         }
-        tokio::spawn(until_stopped(shared.clone(), deployments::resume(shared.clone())));
         Ok(Arc::new(Node { shared, router }))
     }
 
@@ -382,6 +399,24 @@ impl Node {
     /// Returns when the node has been stopped.
     pub async fn stopped(&self) {
         self.shared.stopped.cancelled().await;
+    }
+
+    /// Lets answers in progress here finish, for as long as the configuration allows; new ones are refused.
+    pub(crate) async fn drain(&self) {
+        let shared = &self.shared;
+        shared.draining.cancel();
+        shared.calls.close();
+        if !shared.calls.is_empty() {
+            tracing::info!(answers = shared.calls.len(), "waiting for answers in progress");
+        }
+        tokio::select! {
+            () = shared.calls.wait() => {}
+            () = sleep(shared.config.drain_limit) => {
+                tracing::warn!(answers = shared.calls.len(), "answers are still in progress and are cut off");
+            }
+            () = shared.hurry.cancelled() => {}
+            () = shared.stop.cancelled() => {}
+        }
     }
 
     /// Ends everything in order: stages, goodbyes, sockets, the store's lock.

@@ -36,7 +36,8 @@ pub(crate) async fn again(shared: &Arc<Shared>, one: &Movable, fleet: Fleet) -> 
     place_on(shared, fleet, &one.model, options, false).await.ok().map(|(placement, _)| placement)
 }
 
-async fn place_on(
+/// The same on nodes as they are given.
+pub(crate) async fn place_on(
     shared: &Arc<Shared>,
     fleet: Fleet,
     model: &OpenModel,

@@ -49,6 +49,7 @@ pub(crate) fn request_queue() -> (EventSender, EventStream, CancellationToken) {
 fn bytes(event: &GenerateEvent) -> usize {
     match event {
         GenerateEvent::Token { text, logits, .. } => text.len() + logits.as_ref().map_or(0, |l| l.len() * 4),
+        GenerateEvent::Started { prompt } => prompt.len() * 4,
         _ => 0,
     }
 }

@@ -1,12 +1,14 @@
 //! What a load asks of the scheduler: bounds, defaults, and what follows from the model and the number of stages.
 use std::path::Path;
 
-use capstan_planner::Sizes;
+use capstan_planner::{PlanOptions, Sizes};
+use capstan_proto::NodeId;
 use capstan_proto::child::Scheduling;
 use capstan_proto::data::Rollback;
 use capstan_proto::limits::{DECODE_SLOWDOWN_PERCENT_MAX, DECODE_SLOWDOWN_PERCENT_MIN, SPECULATION_DEPTH_MAX};
 use capstan_proto::manage::{LoadRequest, ManageError};
 
+use crate::blueprint::Blueprint;
 use crate::cutter::OpenModel;
 
 /// A draft model guesses for one sequence at a time.
@@ -47,6 +49,33 @@ impl Wanted {
             rollback,
             draft,
         })
+    }
+
+    /// What a deployment has: for another placement of it.
+    pub(crate) fn of(b: &Blueprint) -> Self {
+        let asked = b.request.as_ref().and_then(|r| r.speculation);
+        // A stage that was alone had nothing to guess for.
+        let speculation = asked.unwrap_or(b.request.is_some() || b.scheduling.speculation_depth > 0);
+        Self {
+            speculation,
+            prefix_cache: b.scheduling.prefix_cache,
+            decode_slowdown_percent: b.scheduling.decode_slowdown_percent,
+            rollback: b.model.rollback(),
+            draft: b.draft.clone(),
+        }
+    }
+
+    /// What the planner is asked for a deployment on these nodes; on none, the choice is its own.
+    pub(crate) fn options(&self, b: &Blueprint, nodes: Vec<NodeId>) -> PlanOptions {
+        PlanOptions {
+            ctx: b.ctx,
+            slots: b.slots,
+            spares_per_stage: self.spares_per_stage(),
+            draft_bytes: self.draft_bytes(b.ctx, b.ubatch),
+            ubatch: b.ubatch,
+            nodes,
+            layers: vec![],
+        }
     }
 
     fn speculates(&self) -> bool {

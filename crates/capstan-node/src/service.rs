@@ -21,6 +21,9 @@ pub trait Service: Send + Sync + 'static {
     async fn join(&self, ticket: String) -> Result<ClusterStatus, ManageError>;
     /// Leaves the cluster; the node is alone in a new one afterwards.
     async fn leave(&self) -> Result<(), ManageError>;
-    /// Stops the daemon: its children end, its peers are told. Returns when that is done.
+    /// Stops the daemon: answers in progress are let finish for a while, then its children end and its peers are told.
+    /// Returns when that is done.
     async fn stop(&self);
+    /// The same without waiting for answers; a stop that waits for them waits no longer.
+    async fn stop_now(&self);
 }

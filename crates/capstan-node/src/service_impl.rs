@@ -158,6 +158,12 @@ impl Service for Node {
     }
 
     async fn stop(&self) {
+        self.drain().await;
+        self.shut_down().await;
+    }
+
+    async fn stop_now(&self) {
+        self.shared.hurry.cancel();
         self.shut_down().await;
     }
 }

@@ -18,6 +18,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::arrival::{Arrival, FileSource};
 use crate::node::Shared;
+use crate::pulse::Pulse;
 use crate::requests::{EventSender, EventStream, is_last, request_queue};
 use crate::runs::{self, Before, Orders, Runs, unless_stopped};
 
@@ -36,6 +37,11 @@ const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(3);
 const FAILED_GRACE: Duration = Duration::from_secs(3);
 /// How long a child may leave its standard input unread before it counts as hung.
 const CHILD_SEND_TIMEOUT: Duration = Duration::from_secs(10);
+/// How often a child is asked for a sign of life, and how many it may leave out before it counts as frozen: its answer
+/// needs neither the compute thread nor the network.
+const PING_EVERY: Duration = Duration::from_secs(1);
+/// See [`PING_EVERY`].
+const PINGS_MISSED_MAX: u32 = 5;
 /// How long the driver waits for the coordinator to say why the pipeline broke, before it tells clients only that.
 const REASON_WAIT: Duration = Duration::from_millis(500);
 
@@ -168,8 +174,9 @@ struct StageTask<'a> {
     /// Requests that the child gave up because a link broke; they wait a moment for a better reason.
     doomed: Vec<(EventSender, RequestError)>,
     doom_at: Option<Instant>,
-    /// When the child last gave a sign of life, or got something to do.
-    heard_at: Instant,
+    pulse: Pulse,
+    /// Pings that the child has not answered.
+    missed: u32,
     cancels: mpsc::Sender<RequestId>,
 }
 
@@ -250,15 +257,19 @@ impl StageTask<'_> {
             requests: HashMap::new(),
             doomed: Vec::new(),
             doom_at: None,
-            heard_at: Instant::now(),
+            pulse: Pulse::new(Instant::now(), shared.config.stall_limit),
+            missed: 0,
             cancels,
         };
         task.tell_child(ToChild::Load(Box::new(spec.clone()))).await?;
         let (mut failure, mut hung) = (None, None);
         let mut kill_at = None;
+        let mut pings = tokio::time::interval(PING_EVERY);
+        // A daemon that was held up itself must not count what its child could not answer meanwhile.
+        pings.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             let doom_at = task.doom_at;
-            let stalled_at = (!task.requests.is_empty()).then(|| task.heard_at + shared.config.stall_limit);
+            let stalled_at = (!task.requests.is_empty()).then(|| task.pulse.due());
             tokio::select! {
                 message = messages.recv() => match message {
                     Some(FromReader::Message(FromChild::Failed { reason })) => {
@@ -270,8 +281,9 @@ impl StageTask<'_> {
                         reservation.measured(&info, draft_bytes);
                         events.must(StageEvent::Loaded { addr, info })?;
                     }
+                    Some(FromReader::Message(FromChild::Pong)) => task.missed = 0,
                     Some(FromReader::Message(message)) => {
-                        task.heard_at = Instant::now();
+                        task.pulse.beat(Instant::now(), !task.requests.is_empty());
                         task.heard(message).await?;
                     }
                     end @ (Some(FromReader::Exit(_)) | None) => {
@@ -306,11 +318,22 @@ impl StageTask<'_> {
                 }
                 () = sleep_until(doom_at.unwrap_or_else(Instant::now)), if doom_at.is_some() => task.flush_doomed(),
                 () = sleep_until(stalled_at.unwrap_or_else(Instant::now)), if stalled_at.is_some() => {
-                    let reason = format!("hung for {} s and was killed", shared.config.stall_limit.as_secs());
+                    let reason = format!("made no progress for {} s and was killed", task.pulse.limit().as_secs());
                     task.fail_all(ErrorKind::StageLost, &task.sentence(&reason));
                     hung = Some(reason);
                     // Its end comes as a message, and only then is its memory free for the next start.
                     task.child.kill();
+                }
+                _ = pings.tick(), if hung.is_none() => {
+                    if task.missed >= PINGS_MISSED_MAX {
+                        let reason = format!("gave no sign of life for {PINGS_MISSED_MAX} s and was killed");
+                        task.fail_all(ErrorKind::StageLost, &task.sentence(&reason));
+                        hung = Some(reason);
+                        task.child.kill();
+                    } else {
+                        task.missed += 1;
+                        task.tell_child(ToChild::Ping).await?;
+                    }
                 }
                 () = sleep_until(kill_at.unwrap_or_else(Instant::now)), if kill_at.is_some() => {
                     kill_at = None;
@@ -367,7 +390,7 @@ impl StageTask<'_> {
                 self.events.must(StageEvent::Lost { epoch, reason: clip(reason) })?;
             }
             FromChild::Event { request, event } => self.forward(request, *event).await?,
-            FromChild::Hello { .. } | FromChild::Loaded { .. } | FromChild::Failed { .. } => {}
+            FromChild::Hello { .. } | FromChild::Loaded { .. } | FromChild::Failed { .. } | FromChild::Pong => {}
         }
         Ok(())
     }
@@ -461,7 +484,7 @@ impl StageTask<'_> {
             }
         }
         if self.requests.is_empty() {
-            self.heard_at = Instant::now();
+            self.pulse.begin(Instant::now());
         }
         self.requests.insert(request, queue);
         Ok(stream)

@@ -14,7 +14,7 @@ use crate::generate::{GenerateEvent, GenerateRequest};
 use crate::{DeploymentId, Epoch, LayerRange, RequestId};
 
 /// Version of this protocol. Daemon and child are the same binary, so they differ only while it is being replaced.
-pub const CHILD_VERSION: u32 = 3;
+pub const CHILD_VERSION: u32 = 4;
 
 /// Where a stage can be reached, and the key it must prove to hold.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -142,6 +142,8 @@ pub enum ToChild {
     },
     /// End.
     Shutdown,
+    /// Answer with [`FromChild::Pong`]: a process that is frozen does not.
+    Ping,
 }
 
 /// What a loaded stage measures.
@@ -239,4 +241,6 @@ pub enum FromChild {
     },
     /// Counters.
     Stats(ChildStats),
+    /// The answer to [`ToChild::Ping`].
+    Pong,
 }

@@ -82,6 +82,9 @@ pub struct GenerateRequest {
     pub logprobs: Option<u32>,
     /// Send the raw logits with each token. For proofs of exactness; it multiplies the traffic.
     pub raw_logits: bool,
+    /// Tokens of this answer that were sent already, by a driver that was lost. The answer goes on behind them; none is
+    /// sent again, and `max_tokens` counts them.
+    pub resume: Vec<i32>,
 }
 
 impl GenerateRequest {
@@ -96,6 +99,7 @@ impl GenerateRequest {
             ignore_eos: false,
             logprobs: None,
             raw_logits: false,
+            resume: Vec::new(),
         }
     }
 
@@ -117,6 +121,9 @@ impl GenerateRequest {
         let bytes = self.prompt_bytes();
         if bytes > limits::PROMPT_BYTES_MAX {
             return bad(format!("the prompt has {bytes} bytes; at most {} are taken", limits::PROMPT_BYTES_MAX));
+        }
+        if self.resume.len() * 4 > limits::PROMPT_BYTES_MAX {
+            return bad(format!("an answer of {} tokens is too long to be taken up again", self.resume.len()));
         }
         if self.max_tokens == Some(0) {
             return bad("max_tokens is 0; ask for at least one token".into());
@@ -205,13 +212,14 @@ pub struct Usage {
     pub decode_us: u64,
 }
 
-/// What happens to a request, in order: `Started`, `Token`*, then `Finished` or `Failed`.
+/// What happens to a request, in order: `Started`, `Token`*, then `Finished` or `Failed`. Where a stage is lost, the
+/// daemon that took the request puts in `Paused` and goes on; a driver never sends that.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum GenerateEvent {
     /// A slot is free and the prompt is being prefilled.
     Started {
-        /// Tokens of the prompt.
-        prompt_tokens: u32,
+        /// The prompt's tokens, so that another driver can take the answer up if this one is lost.
+        prompt: Vec<i32>,
     },
     /// One more token. `text` may be empty: the bytes wait for the rest of a character or of a possible stop string.
     Token {
@@ -235,6 +243,11 @@ pub enum GenerateEvent {
     },
     /// The request ended without a complete answer.
     Failed(RequestError),
+    /// The answer waits until the model's stages stand again, and then goes on.
+    Paused {
+        /// For people: what it waits for.
+        reason: String,
+    },
 }
 
 /// What a caller can do about a failed request.

@@ -142,7 +142,7 @@ pub enum Command {
     Leave,
     /// Stop this machine's daemon and its stages
     #[command(after_help = lifecycle::STOP_EXAMPLES)]
-    Stop,
+    Stop(lifecycle::StopArgs),
     /// Show every setting and where its value came from
     #[command(after_help = settings::CONFIG_EXAMPLES)]
     Config(settings::ConfigArgs),

@@ -143,8 +143,8 @@ impl Client {
     }
 
     /// Asks the daemon to end. Its process may outlive the answer a little.
-    pub async fn stop(&self) -> Result<(), ClientError> {
-        self.send(Method::POST, "/capstan/v1/stop", Some(json!({})), SLOW_TIMEOUT).await.map(drop)
+    pub async fn stop(&self, now: bool) -> Result<(), ClientError> {
+        self.send(Method::POST, "/capstan/v1/stop", Some(json!({ "now": now })), SLOW_TIMEOUT).await.map(drop)
     }
 
     /// Starts a load; its events follow one by one.

@@ -51,7 +51,7 @@ pub fn script(logprobs: bool) -> Vec<GenerateEvent> {
         ..Usage::default()
     };
     vec![
-        GenerateEvent::Started { prompt_tokens: 7 },
+        GenerateEvent::Started { prompt: vec![1; 7] },
         token(1, "Hé", logprobs),
         token(2, "", logprobs),
         token(3, "llo", logprobs),
@@ -158,6 +158,8 @@ impl Service for Fake {
     }
 
     async fn stop(&self) {}
+
+    async fn stop_now(&self) {}
 }
 
 /// A served fake node; it stops when this is dropped.

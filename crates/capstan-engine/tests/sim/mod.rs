@@ -139,13 +139,18 @@ impl Ring {
     }
 
     pub fn submit(&mut self, id: u64, prompt: Vec<i32>, max_tokens: Option<u32>) {
+        self.resume(id, prompt, 0, max_tokens);
+    }
+
+    /// Of the prompt the last `answered` tokens were answered before.
+    pub fn resume(&mut self, id: u64, prompt: Vec<i32>, answered: u32, max_tokens: Option<u32>) {
         let rows = prompt.len();
         self.prompts.insert(RequestId(id), rows);
         if self.draft.is_some() {
             let answer = alone(self.model, &prompt, max_tokens, self.engine.config().ctx).0;
             self.known.insert(RequestId(id), (rows, answer));
         }
-        self.engine.handle_submit(RequestId(id), prompt, max_tokens).unwrap();
+        self.engine.handle_resume(RequestId(id), prompt, answered, max_tokens).unwrap();
         self.answers.insert(RequestId(id), Vec::new());
         self.watched.insert(RequestId(id), Watch { prompt_rows_left: rows, ready_at: None });
     }

@@ -72,13 +72,14 @@ impl Coordinator {
         }
         supply.cutting = true;
         let (shared, outbox, stop) = (self.shared.clone(), self.outbox.clone(), self.cuts_stop.clone());
+        let layout = self.displacing.layout;
         tokio::spawn(async move {
             let progress = || {
                 let (outbox, mut throttle) = (outbox.clone(), Throttle::default());
                 move |done, total| {
                     // The next one says more, and what matters needs the room.
                     if throttle.lets(done, total) && outbox.capacity() > QUEUE / 2 {
-                        outbox.try_send(Message::Cutting(i, done, total)).ok();
+                        outbox.try_send(Message::Cutting(layout, i, done, total)).ok();
                     }
                 }
             };
@@ -116,8 +117,8 @@ impl Coordinator {
                 Ok(cut)
             };
             let result = cut.await;
-            if let Err(unsent) = outbox.send(Message::Cut(i, file, result)).await
-                && let Message::Cut(_, _, Ok(cut)) = unsent.0
+            if let Err(unsent) = outbox.send(Message::Cut(layout, i, file, result)).await
+                && let Message::Cut(_, _, _, Ok(cut)) = unsent.0
             {
                 cut.discard(&shared).await;
             }
@@ -140,8 +141,12 @@ impl Coordinator {
     /// A stage has its file: what was cut for it can go.
     pub(super) fn drop_cut(&mut self, i: usize, file: StageFile) {
         if let Some(cut) = self.stages[i].supply(file).cut.take() {
-            let shared = self.shared.clone();
-            tokio::spawn(async move { cut.discard(&shared).await });
+            self.discard(cut);
         }
+    }
+
+    pub(super) fn discard(&self, cut: Cut) {
+        let shared = self.shared.clone();
+        tokio::spawn(async move { cut.discard(&shared).await });
     }
 }

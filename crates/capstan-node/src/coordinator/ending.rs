@@ -31,7 +31,7 @@ impl Coordinator {
                         SessionEvent::Stage(StageEvent::Ended { .. }) | SessionEvent::Away(_),
                     ))
                     | Some(Message::Closed(i, g)) => (i, g),
-                    Some(Message::Cut(i, file, result)) => {
+                    Some(Message::Cut(layout, i, file, result)) if layout == self.displacing.layout => {
                         let supply = self.stages[i].supply(file);
                         supply.cutting = false;
                         supply.cut = result.ok();
@@ -41,11 +41,15 @@ impl Coordinator {
                         self.unloads.push(done);
                         continue;
                     }
+                    Some(Message::Cut(_, _, _, Ok(cut))) => {
+                        self.discard(cut);
+                        continue;
+                    }
                     Some(_) => continue,
                     None => return,
                 };
-                if self.stages[over.0].generation == over.1 {
-                    self.stages[over.0].commands = None;
+                if let Some(stage) = self.stages.get_mut(over.0).filter(|s| s.generation == over.1) {
+                    stage.commands = None;
                 }
             }
         };

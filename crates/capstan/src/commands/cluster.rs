@@ -79,7 +79,7 @@ pub async fn join(config: &Config, args: &JoinArgs, json: bool) -> Result<ExitCo
     let status = match client.join(&ticket).await {
         Ok(status) => status,
         Err(error) => {
-            if started && let Err(error) = client.stop().await {
+            if started && let Err(error) = client.stop(true).await {
                 eprintln!("the daemon that was started for this could not be stopped again: {error}");
             }
             return Err(error.into());

@@ -50,8 +50,14 @@ pub async fn run(config: &Config, ready: Option<oneshot::Sender<()>>) -> Result<
 
     let outcome = tokio::select! {
         signal = crate::os::shutdown_signal() => {
-            tracing::info!("{} came: stopping", signal?);
-            node.stop().await;
+            tracing::info!("{} came: stopping; a second one cuts answers in progress off", signal?);
+            tokio::select! {
+                () = node.stop() => {}
+                signal = crate::os::shutdown_signal() => {
+                    tracing::info!("{} came: stopping now", signal?);
+                    node.stop_now().await;
+                }
+            }
             Ok(())
         }
         () = node.stopped() => Ok(()),

@@ -30,17 +30,21 @@ Examples:
 
 /// Shown by `capstan stop --help`.
 pub const STOP_EXAMPLES: &str = "\
-Stages on this machine end with the daemon. It stays a member of its cluster and returns with `capstan up`;
+Answers in progress here are let finish for up to a minute; answers elsewhere that need this machine wait until it is
+back. Stages on this machine end with the daemon. It stays a member of its cluster and returns with `capstan up`;
 `capstan leave` is the way out.
 
 Examples:
   capstan stop
+  capstan stop --now                      without waiting for answers in progress
   capstan stop --data-dir /srv/capstan";
 
 /// How long a daemon may take to answer: it looks at every device of the machine first.
 const START_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long a stopped daemon's process may linger: its stages end first.
 const STOP_TIMEOUT: Duration = Duration::from_secs(40);
+/// When a stop that waits for something says so.
+const STOP_IS_LONG: Duration = Duration::from_secs(2);
 /// Between two looks at a process or a file that cannot be waited for.
 const POLL: Duration = Duration::from_millis(50);
 /// Size from which a new daemon begins a new log, in bytes. One older log is kept.
@@ -61,6 +65,14 @@ pub struct UpArgs {
     pub node: NodeFlags,
 }
 
+/// Arguments of `capstan stop`.
+#[derive(Args, Debug)]
+pub struct StopArgs {
+    /// Cut answers in progress off
+    #[arg(long)]
+    pub now: bool,
+}
+
 /// Starts the daemon unless it runs, and prints how others join.
 pub async fn up(config: &Config, args: &UpArgs, json: bool) -> Result<ExitCode> {
     if args.foreground {
@@ -72,7 +84,7 @@ pub async fn up(config: &Config, args: &UpArgs, json: bool) -> Result<ExitCode> 
 }
 
 /// Asks the daemon to end and waits until its process is gone.
-pub async fn stop(config: &Config, json: bool) -> Result<ExitCode> {
+pub async fn stop(config: &Config, args: &StopArgs, json: bool) -> Result<ExitCode> {
     let client = match Client::find(&config.data_dir.value) {
         Ok(client) => client,
         Err(ClientError::NotRunning | ClientError::Stale { .. }) => {
@@ -86,7 +98,15 @@ pub async fn stop(config: &Config, json: bool) -> Result<ExitCode> {
         Err(e) => return Err(e.into()),
     };
     let pid = client.daemon().pid;
-    let stopping = client.stop().await;
+    let stopping = client.stop(args.now);
+    tokio::pin!(stopping);
+    let stopping = tokio::select! {
+        done = &mut stopping => done,
+        () = sleep(STOP_IS_LONG) => {
+            eprintln!("waiting for answers in progress; `capstan stop --now` cuts them off");
+            stopping.await
+        }
+    };
     // A daemon that is on its way out already may close the connection: what counts is that its process ends.
     if let Err(e) = stopping
         && crate::os::is_alive(pid)

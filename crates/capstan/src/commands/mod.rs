@@ -53,7 +53,7 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
     let code = runtime.block_on(async {
         match command {
             Command::Up(args) => lifecycle::up(&config, &args, json).await,
-            Command::Stop => lifecycle::stop(&config, json).await,
+            Command::Stop(args) => lifecycle::stop(&config, &args, json).await,
             Command::Daemon(_) => daemon::run(&config, None).await,
             Command::Join(args) => cluster::join(&config, &args, json).await,
             Command::Status => cluster::status(&config, json).await,

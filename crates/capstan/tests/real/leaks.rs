@@ -56,7 +56,7 @@ async fn serve(pipeline: &mut Pipeline, rng: &mut StdRng, count: usize) {
         }
         let (id, event) = pipeline.event().await;
         match event {
-            GenerateEvent::Started { .. } | GenerateEvent::Token { .. } => {
+            GenerateEvent::Started { .. } | GenerateEvent::Token { .. } | GenerateEvent::Paused { .. } => {
                 let patience = live.get_mut(&id).expect("a live request");
                 if let Some(left) = patience {
                     *left -= 1;

@@ -239,7 +239,7 @@ impl Pipeline {
             let (request, event) = self.event().await;
             let answer = &mut answers[ids.iter().position(|id| *id == request).expect("a known request")];
             match event {
-                GenerateEvent::Started { .. } => {}
+                GenerateEvent::Started { .. } | GenerateEvent::Paused { .. } => {}
                 GenerateEvent::Token { token, text, logits, .. } => {
                     answer.tokens.push(token);
                     answer.text.push_str(&text);

@@ -55,7 +55,7 @@ async fn a_beginning_is_shared_with_an_answer_that_is_still_being_made() {
         let (id, event) = pipeline.event().await;
         let answer = &mut answers[ids.iter().position(|i| *i == id).expect("a known request")];
         match event {
-            GenerateEvent::Started { .. } => {}
+            GenerateEvent::Started { .. } | GenerateEvent::Paused { .. } => {}
             GenerateEvent::Token { token, logits, .. } => {
                 answer.tokens.push(token);
                 answer.logits.extend(logits);
