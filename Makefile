@@ -48,6 +48,17 @@ sim: setup ## The scheduler in virtual time: efficiency against bounds, random w
 	$(CARGO) build --release --workspace --locked --bin capstan-sim
 	target/release/capstan-sim
 
+# What is printed is the report, a line a scenario; CHAOS_SEED repeats a run.
+CHAOS = mkdir -p target/reports && CHAOS_REPORT=$(CURDIR)/target/reports/$(1).json $(CARGO) test --release --workspace --locked --test real -- chaos_at_length --ignored --nocapture
+
+.PHONY: chaos
+chaos: setup model ## Kill, freeze and restart stages and daemons under load; no request may be lost
+	$(call CHAOS,chaos)
+
+.PHONY: soak
+soak: setup model ## The same for MINUTES=n
+	CHAOS_MINUTES=$(or $(MINUTES),60) $(call CHAOS,soak)
+
 .PHONY: lint
 lint: setup ## Formatting, clippy, rustdoc, and licences when cargo-deny is installed
 	cargo fmt --all --check

@@ -172,11 +172,7 @@ impl Call {
 
     /// Forwards one attempt's events. An error is worth another attempt; none means that the client has its last event,
     /// or is gone.
-    async fn forward(
-        &mut self,
-        mut source: Source,
-        events: &mpsc::Sender<GenerateEvent>,
-    ) -> Option<RequestError> {
+    async fn forward(&mut self, mut source: Source, events: &mpsc::Sender<GenerateEvent>) -> Option<RequestError> {
         let (shared, driver) = (self.shared.clone(), source.driver());
         let silent = fell_silent(&shared, driver);
         tokio::pin!(silent);

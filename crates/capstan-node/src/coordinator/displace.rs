@@ -172,7 +172,10 @@ impl Coordinator {
                 self.displacing.home = Some(home);
             }
             Err(reason) if !away.is_empty() => {
-                self.trouble(format!("waiting for node {}; the others cannot take over: {reason}", names.join(" and ")));
+                self.trouble(format!(
+                    "waiting for node {}; the others cannot take over: {reason}",
+                    names.join(" and ")
+                ));
             }
             Err(reason) => tracing::info!(model = self.blueprint.name, reason, "the model stays where it is"),
         }

@@ -214,7 +214,8 @@ impl Chaos {
     async fn settled(&self, stages: usize) -> DeploymentStatus {
         wait_for("the model is ready on all its stages", || async {
             let d = self.cluster.nodes[0].deployment("smol").await?;
-            let good = d.health == Health::Ready && d.stages.len() == stages && d.stages.iter().all(|s| s.pid.is_some());
+            let good =
+                d.health == Health::Ready && d.stages.len() == stages && d.stages.iter().all(|s| s.pid.is_some());
             good.then_some(d)
         })
         .await
@@ -357,7 +358,8 @@ const ALL: [Trouble; 6] = [
 async fn no_request_is_lost_whatever_breaks() {
     let mut chaos = Chaos::start(1).await;
     for trouble in ALL {
-        let report = chaos.run(trouble, 1, STREAMS + 2).await;
+        let mut report = chaos.run(trouble, 1, STREAMS + 2).await;
+        println!("{}", report.json(&format!("{trouble:?}")));
         check(&report, trouble);
     }
 }
