@@ -67,9 +67,9 @@ impl Hosts {
             Self::Unspoofable => {
                 let host = host.trim_end_matches('.').to_ascii_lowercase();
                 // RFC 6762 (.local), RFC 8375 (.home.arpa), and ICANN's .internal are never delegated to anybody.
-                let local = ["local", "home.arpa", "internal"].iter().any(|zone| {
-                    host.strip_suffix(zone).is_some_and(|rest| rest.ends_with('.'))
-                });
+                let local = ["local", "home.arpa", "internal"]
+                    .iter()
+                    .any(|zone| host.strip_suffix(zone).is_some_and(|rest| rest.ends_with('.')));
                 host.parse::<IpAddr>().is_ok() || local || (!host.is_empty() && !host.contains('.'))
             }
             Self::Any => true,
@@ -170,7 +170,9 @@ fn judge(app: &App, door: Option<Door>, needed: KeyScope, shown: Option<&str>) -
             return Err(ApiError::new(StatusCode::FORBIDDEN, message).with_code("insufficient_permissions"));
         }
         // What was shown is not repeated: it may be right elsewhere.
-        Some(None) => ("this API key is not good here: it is mistyped, was revoked, or is another cluster's", "invalid_api_key"),
+        Some(None) => {
+            ("this API key is not good here: it is mistyped, was revoked, or is another cluster's", "invalid_api_key")
+        }
         None => ("this call shows no API key", "missing_api_key"),
     };
     if let Some(door) = door.filter(|d| !d.local) {

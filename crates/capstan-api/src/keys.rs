@@ -32,11 +32,9 @@ async fn add(State(app): State<App>, JsonBody(body): JsonBody<AddKey>) -> Result
     Ok(Json(app.service.add_key(body.name, scope).await?))
 }
 
-async fn revoke(
-    State(app): State<App>,
-    name: Result<Path<String>, PathRejection>,
-) -> Result<Json<Value>, ApiError> {
-    let Path(name) = name.map_err(|_| ApiError::new(StatusCode::BAD_REQUEST, "the key's name in the path is no text"))?;
+async fn revoke(State(app): State<App>, name: Result<Path<String>, PathRejection>) -> Result<Json<Value>, ApiError> {
+    let Path(name) =
+        name.map_err(|_| ApiError::new(StatusCode::BAD_REQUEST, "the key's name in the path is no text"))?;
     let revoked = app.service.revoke_key(name.clone()).await?;
     Ok(Json(json!({"name": name, "revoked": revoked})))
 }

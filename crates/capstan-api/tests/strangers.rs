@@ -54,11 +54,8 @@ async fn refused(response: Response, status: u16, code: &str) -> String {
 async fn network() -> (Server, [String; 3]) {
     let server = Server::open(Reach::Network, ApiOptions::new(TOKEN)).await;
     let add = async |name: &str, scope| server.fake.add_key(name.into(), scope).await.unwrap().key;
-    let keys = [
-        add("phone", KeyScope::Use).await,
-        add("desk", KeyScope::Manage).await,
-        add("lost", KeyScope::Manage).await,
-    ];
+    let keys =
+        [add("phone", KeyScope::Use).await, add("desk", KeyScope::Manage).await, add("lost", KeyScope::Manage).await];
     assert_eq!(server.fake.revoke_key("lost".into()).await.unwrap(), 1);
     (server, keys)
 }
@@ -75,7 +72,8 @@ async fn from_the_network_every_route_demands_a_key() {
             refused(call(&server, route, Some(shown)).await, 401, "missing_api_key").await;
         }
         // The admin token is this machine's: by the network's door it is a wrong key like any other.
-        for shown in ["Bearer sk-capstan-x", "Bearer x", &token, &format!("Bearer {lost}"), &format!("Bearer {desk}x")] {
+        for shown in ["Bearer sk-capstan-x", "Bearer x", &token, &format!("Bearer {lost}"), &format!("Bearer {desk}x")]
+        {
             let message = refused(call(&server, route, Some(shown)).await, 401, "invalid_api_key").await;
             let secret = shown.strip_prefix("Bearer ").unwrap();
             assert!(secret.len() < 8 || !message.contains(secret), "{message}");
@@ -149,9 +147,8 @@ async fn no_auth_opens_the_models_and_nothing_else() {
 #[tokio::test]
 async fn by_this_machines_door_models_are_open_and_management_takes_token_or_key() {
     let server = Server::start().await;
-    let key = async |name: &str, scope| {
-        format!("Bearer {}", server.fake.add_key(name.into(), scope).await.unwrap().key)
-    };
+    let key =
+        async |name: &str, scope| format!("Bearer {}", server.fake.add_key(name.into(), scope).await.unwrap().key);
     let (phone, desk) = (key("phone", KeyScope::Use).await, key("desk", KeyScope::Manage).await);
     assert_eq!(call(&server, ("GET", "/v1/models"), None).await.status(), 200);
     let token = format!("Bearer {TOKEN}");
@@ -168,10 +165,12 @@ async fn by_this_machines_door_models_are_open_and_management_takes_token_or_key
 #[tokio::test]
 async fn a_strangers_garbage_and_megabytes_end_nothing() {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
-    let (server, [phone, ..]) = network().await;
+    let (mut server, [phone, ..]) = network().await;
     let addr = server.base.strip_prefix("http://").unwrap();
     let endless = [b"GET /v1/models HTTP/1.1\r\nx: ".as_slice(), &[b'a'; 1 << 20]].concat();
-    for bytes in [&b"\x16\x03\x01\x02\x00\x01\x00"[..], b"\0\0\0\0\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nxx\r\n\r\n", &endless] {
+    for bytes in
+        [&b"\x16\x03\x01\x02\x00\x01\x00"[..], b"\0\0\0\0\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nxx\r\n\r\n", &endless]
+    {
         let mut stream = tokio::net::TcpStream::connect(addr).await.unwrap();
         // It may be closed in the middle of that already.
         stream.write_all(bytes).await.ok();
@@ -184,4 +183,7 @@ async fn a_strangers_garbage_and_megabytes_end_nothing() {
     let large = Client::new().post(format!("{}/v1/completions", server.base)).body(vec![b' '; 4 << 20]).send().await;
     assert!(large.is_err() || large.is_ok_and(|r| r.status() == 401));
     assert_eq!(call(&server, USE[2], Some(&format!("Bearer {phone}"))).await.status(), 200);
+    // And it ends in order when it is told to.
+    server.stop.take().unwrap().send(()).unwrap();
+    server.task.take().unwrap().await.unwrap().unwrap();
 }

@@ -112,7 +112,9 @@ pub enum PairError {
     )]
     Closed,
     /// The first two digits are another pairing's.
-    #[error("the code is another machine's, or was replaced; look at its first two digits, or run `capstan pair` there")]
+    #[error(
+        "the code is another machine's, or was replaced; look at its first two digits, or run `capstan pair` there"
+    )]
     OtherPlate,
     /// The letters are wrong.
     #[error(
@@ -124,7 +126,9 @@ pub enum PairError {
         left: u8,
     },
     /// Tried too often.
-    #[error("the code was tried {WRONG_MAX} times with wrong letters and is useless now; `capstan pair` there shows a fresh one")]
+    #[error(
+        "the code was tried {WRONG_MAX} times with wrong letters and is useless now; `capstan pair` there shows a fresh one"
+    )]
     UsedUp,
     /// A wrong try was only just now.
     #[error("a wrong code was tried a moment ago; wait a second and try again")]
@@ -257,7 +261,9 @@ mod tests {
         for typed in ["42-abcde9", " 42 ABC DE9\n", "42abcde9", "4-2-A-B-C-D-E-9"] {
             assert_eq!(typed.parse(), Ok(code()), "{typed}");
         }
-        for bad in ["", "42", "42-ABCDE", "42-ABCDE99", "42-ABCDE0", "AB-ABCDEF", "09-ABCDEF", "42-ABCDÉF", "capstan1xy"] {
+        for bad in
+            ["", "42", "42-ABCDE", "42-ABCDE99", "42-ABCDE0", "AB-ABCDEF", "09-ABCDEF", "42-ABCDÉF", "capstan1xy"]
+        {
             assert!(bad.parse::<PairingCode>().is_err(), "{bad}");
         }
         assert!(PairingCode::looks_like(" 42-x") && !PairingCode::looks_like("capstan1abc"));

@@ -98,19 +98,21 @@ impl ProtocolHandler for ControlProtocol {
         let id = shared.connections.add(from, &connection);
         match hello(&connection, &shared.config.speaks).await {
             Err(reason) => tracing::debug!(node = %from.short(), reason, "a connection ended at its hello"),
-            Ok(agreed) => while let Ok((send, recv)) = connection.accept_bi().await {
-                // Membership may have ended since the last stream.
-                if !shared.membership.is_member(from) {
-                    close(&connection, CLOSE_NOT_A_MEMBER, "this node has left the cluster");
-                    break;
-                }
-                let shared = shared.clone();
-                tokio::spawn(async move {
-                    if let Err(error) = serve(shared, from, agreed, send, recv).await {
-                        tracing::debug!(node = %from.short(), %error, "a request ended early");
+            Ok(agreed) => {
+                while let Ok((send, recv)) = connection.accept_bi().await {
+                    // Membership may have ended since the last stream.
+                    if !shared.membership.is_member(from) {
+                        close(&connection, CLOSE_NOT_A_MEMBER, "this node has left the cluster");
+                        break;
                     }
-                });
-            },
+                    let shared = shared.clone();
+                    tokio::spawn(async move {
+                        if let Err(error) = serve(shared, from, agreed, send, recv).await {
+                            tracing::debug!(node = %from.short(), %error, "a request ended early");
+                        }
+                    });
+                }
+            }
         }
         shared.connections.remove(from, id);
         Ok(())
@@ -125,7 +127,7 @@ async fn serve(
     mut send: SendStream,
     mut recv: RecvStream,
 ) -> Result<(), FrameError> {
-    let read = frames::expect_kind(&mut recv, limits::MESSAGE_BYTES_MAX, Request::KINDS);
+    let read = frames::expect_kind::<Request>(&mut recv, limits::MESSAGE_BYTES_MAX, Request::KINDS);
     let read = timeout(HELLO_TIMEOUT, read).await;
     let request: Request = match read.unwrap_or_else(|_| Err(FrameError::Stream("no request came in time".into()))) {
         Ok(request) if request.since() > agreed => {

@@ -191,10 +191,24 @@ mod tests {
         endless.await.unwrap();
     }
 
+    #[tokio::test]
+    #[ignore = "sends multicast to the local network: by hand, where it has one"]
+    async fn multicast_finds_who_announces_and_only_while_it_does() {
+        let (one, other) = (endpoint().await, endpoint().await);
+        let announcing = announce(&one, &one.bound_sockets(), 42, "alpha").unwrap();
+        let found = listen(&other, Some(42), Duration::from_secs(8)).await.unwrap();
+        let want = Nearby { id: node_id(one.id()), plate: 42, name: "alpha".into(), addrs: one.bound_sockets() };
+        assert_eq!(found, [want]);
+        drop(announcing);
+        assert_eq!(listen(&other, Some(42), Duration::from_secs(4)).await.unwrap(), []);
+    }
+
     #[test]
     fn notes_come_back() {
         assert_eq!(read_note(&note(42, "alpha")), Some((42, "alpha".into())));
-        for bad in ["", "x", "capstan-pair 1 42", "capstan-pair 1 42 ", "capstan-pair 1 x a", "capstan-pair 1 42 a\u{7}"] {
+        for bad in
+            ["", "x", "capstan-pair 1 42", "capstan-pair 1 42 ", "capstan-pair 1 x a", "capstan-pair 1 42 a\u{7}"]
+        {
             assert_eq!(read_note(bad), None, "{bad:?}");
         }
     }

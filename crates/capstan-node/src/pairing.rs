@@ -105,7 +105,10 @@ impl Pairing {
 pub(crate) async fn open(shared: &Arc<Shared>, ttl_s: u64) -> Result<PairingReply, ManageError> {
     if !TTL_S.contains(&ttl_s) {
         let (least, most) = (TTL_S.start(), TTL_S.end());
-        return Err(ManageError::new(400, format!("a pairing code is good for {least} to {most} seconds, not {ttl_s}")));
+        return Err(ManageError::new(
+            400,
+            format!("a pairing code is good for {least} to {most} seconds, not {ttl_s}"),
+        ));
     }
     shared.pairing.fall_silent().await;
     let addrs = endpoint::addrs(&shared.endpoint);
@@ -211,9 +214,9 @@ pub(crate) async fn ticket(shared: &Shared, code: &str, at: Option<SocketAddr>) 
     let code: PairingCode = code.parse().map_err(|e| ManageError::new(400, format!("{e}")))?;
     let found = find(shared, code.plate(), at).await?;
     let speaks = &shared.config.speaks;
-    let (connection, _) =
-        connect(&shared.endpoint, speaks, found.id, &found.name, &found.addrs, PAIR_ALPN).await?;
-    let lost = |why: String| ManageError::new(502, format!("the pairing with {} broke off: {why}; try again", found.name));
+    let (connection, _) = connect(&shared.endpoint, speaks, found.id, &found.name, &found.addrs, PAIR_ALPN).await?;
+    let lost =
+        |why: String| ManageError::new(502, format!("the pairing with {} broke off: {why}; try again", found.name));
     let result = match timeout(PAIR_TIMEOUT, ask(shared.id, &connection, found.id, &code)).await {
         Ok(result) => result.map_err(|e| lost(e.to_string()))?,
         Err(_) => return Err(lost(format!("nothing came within {} s", PAIR_TIMEOUT.as_secs()))),

@@ -3,8 +3,10 @@
 mod support;
 
 use capstan_node::{Node, NodeConfig, Service};
-use capstan_proto::control::{CONTROL_VERSION_MAX, CONTROL_VERSION_MIN, Hello, KEYS_SINCE, RESET_NOT_UNDERSTOOD, Request};
 use capstan_proto::ClusterId;
+use capstan_proto::control::{
+    CONTROL_VERSION_MAX, CONTROL_VERSION_MIN, Hello, KEYS_SINCE, RESET_NOT_UNDERSTOOD, Request,
+};
 use capstan_proto::keys::{KeyNews, KeyScope};
 use capstan_proto::pairing::{PAIR_ALPN, PairBegin, PairOffer, PairOutcome, PairProof};
 use spake2::{Ed25519Group, Identity, Password, Spake2};
@@ -32,7 +34,7 @@ async fn a_short_code_makes_a_member() {
         error.status == 502
     })
     .await;
-    refused(b.pair(opened.code, at(&opened)).await, 409, "capstan leave");
+    refused(b.pair(opened.code.clone(), at(&opened)).await, 409, "capstan leave");
     // A member that came by a code shows codes itself.
     let next = b.open_pairing(600).await.unwrap();
     c.pair(next.code.clone(), at(&next)).await.unwrap();

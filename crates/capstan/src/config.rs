@@ -519,8 +519,12 @@ mod tests {
     fn the_api_is_on_loopback_unless_it_is_said_to_listen() {
         let c = resolve(Flags::default(), "", &[]).unwrap();
         assert!(c.api_addr.value.ip().is_loopback() && c.listen.value.0.is_none() && !c.no_auth.value);
-        let c = resolve(Flags::default(), "listen = '0.0.0.0'\nno_auth = true", &[("CAPSTAN_NO_MDNS", "true")]).unwrap();
-        assert_eq!((c.listen.value.to_string().as_str(), c.no_auth.value, c.no_mdns.value), ("0.0.0.0:8420", true, true));
+        let c =
+            resolve(Flags::default(), "listen = '0.0.0.0'\nno_auth = true", &[("CAPSTAN_NO_MDNS", "true")]).unwrap();
+        assert_eq!(
+            (c.listen.value.to_string().as_str(), c.no_auth.value, c.no_mdns.value),
+            ("0.0.0.0:8420", true, true)
+        );
         assert_eq!(parse::listen("[::]:9"), Ok(Listen(Some("[::]:9".parse().unwrap()))));
         assert_eq!(parse::listen("off"), Ok(Listen(None)));
         for (key, bad, words) in [

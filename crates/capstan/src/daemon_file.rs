@@ -131,7 +131,13 @@ mod tests {
     use super::*;
 
     fn sample(pid: u32) -> DaemonFile {
-        DaemonFile { pid, api: "127.0.0.1:8420".parse().unwrap(), listen: None, token: "00".into(), version: "0.1.0".into() }
+        DaemonFile {
+            pid,
+            api: "127.0.0.1:8420".parse().unwrap(),
+            listen: None,
+            token: "00".into(),
+            version: "0.1.0".into(),
+        }
     }
 
     #[test]

@@ -116,7 +116,10 @@ mod tests {
             (seconds(3600), seconds(7200), seconds(90)),
             ("1 hour".into(), "2 hours".into(), "90 seconds".into())
         );
-        assert_eq!((date(0), date(1_795_392_000), date(u64::MAX)), ("1970-01-01".into(), "2026-11-23".into(), "?".into()));
+        assert_eq!(
+            (date(0), date(1_795_392_000), date(u64::MAX)),
+            ("1970-01-01".into(), "2026-11-23".into(), "?".into())
+        );
         assert_eq!((micros(85), micros(1500)), ("85 µs".into(), "1.5 ms".into()));
     }
 }

@@ -246,7 +246,8 @@ async fn beyond_loopback_a_key_is_demanded_and_secrets_are_in_no_log_file_or_pro
     // The other machine joins by the code, read from standard input.
     let (code, at) = (text(&first["pairing"]["code"]), text(&first["pairing"]["at"][0]));
     let mut join = other.command(&["join", "-", "--at", &at]).stdin(Stdio::piped()).spawn().expect("capstan starts");
-    std::io::Write::write_all(&mut join.stdin.take().expect("its input"), format!("{code}\n").as_bytes()).expect("it reads");
+    std::io::Write::write_all(&mut join.stdin.take().expect("its input"), format!("{code}\n").as_bytes())
+        .expect("it reads");
     assert!(join.wait().expect("it ends").success());
     assert_eq!(other.json(&["status", "--json"])["nodes"].as_array().expect("nodes").len(), 2);
     // A wrong code is refused with a sentence that does not repeat the right one.
@@ -259,8 +260,8 @@ async fn beyond_loopback_a_key_is_demanded_and_secrets_are_in_no_log_file_or_pro
     let listed = String::from_utf8_lossy(&listed.stdout).into_owned();
     assert!(listed.contains("laptop") && listed.contains("revoked") && listed.contains("good"), "{listed}");
 
-    let daemon: Value = serde_json::from_slice(&std::fs::read(data_dir(&home).join("daemon.json")).expect("a file"))
-        .expect("JSON");
+    let daemon: Value =
+        serde_json::from_slice(&std::fs::read(data_dir(&home).join("daemon.json")).expect("a file")).expect("JSON");
     let secrets = [
         ("an API key", key),
         ("a wrong API key", wrong),

@@ -45,7 +45,9 @@ pub async fn run(config: &Config, ready: Option<oneshot::Sender<()>>) -> Result<
     if let Some(listen) = listen {
         // The keys travel in the clear over HTTP: a proxy in front adds TLS.
         match config.no_auth.value {
-            true => tracing::warn!("the API listens on {listen} and asks for no key: whoever reaches it may use the models"),
+            true => {
+                tracing::warn!("the API listens on {listen} and asks for no key: whoever reaches it may use the models")
+            }
             false => tracing::info!("the API listens on {listen} and demands an API key (`capstan key add NAME`)"),
         }
     }

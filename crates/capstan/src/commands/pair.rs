@@ -142,9 +142,12 @@ mod tests {
 
     #[tokio::test]
     async fn where_at_points() {
-        for (text, want) in
-            [("127.0.0.1", "127.0.0.1:8421"), ("127.0.0.1:9", "127.0.0.1:9"), ("::1", "[::1]:8421"), ("[::1]:9", "[::1]:9")]
-        {
+        for (text, want) in [
+            ("127.0.0.1", "127.0.0.1:8421"),
+            ("127.0.0.1:9", "127.0.0.1:9"),
+            ("::1", "[::1]:8421"),
+            ("[::1]:9", "[::1]:9"),
+        ] {
             assert_eq!(resolve(text).await.unwrap().to_string(), want);
         }
         assert!(resolve("127.0.0.1:x").await.is_err());

@@ -49,9 +49,10 @@ pub fn listen(text: &str) -> Result<Listen, String> {
         return Ok(Listen(None));
     }
     let alone = text.parse::<IpAddr>().map(|ip| SocketAddr::new(ip, API_PORT));
-    alone.or_else(|_| text.parse()).map(|addr| Listen(Some(addr))).map_err(|_| {
-        format!("{text:?} is neither an address such as 0.0.0.0 or 192.168.1.5:8420 nor `off`")
-    })
+    alone
+        .or_else(|_| text.parse())
+        .map(|addr| Listen(Some(addr)))
+        .map_err(|_| format!("{text:?} is neither an address such as 0.0.0.0 or 192.168.1.5:8420 nor `off`"))
 }
 
 /// `true` or `false`.
@@ -99,13 +100,10 @@ fn switch(text: &str, on: Switch) -> Result<Switch, String> {
 
 /// How many times as long a decode step may take.
 pub fn decode_slowdown(text: &str) -> Result<f32, String> {
-    let bounds =
-        [DECODE_SLOWDOWN_PERCENT_MIN, DECODE_SLOWDOWN_PERCENT_MAX].map(|percent| f32::from(percent) / 100.0);
+    let bounds = [DECODE_SLOWDOWN_PERCENT_MIN, DECODE_SLOWDOWN_PERCENT_MAX].map(|percent| f32::from(percent) / 100.0);
     match text.parse::<f32>() {
         Ok(times) if (bounds[0]..=bounds[1]).contains(&times) => Ok(times),
-        _ => {
-            Err(format!("{text:?} is not a number from {} to {}, such as {DECODE_SLOWDOWN}", bounds[0], bounds[1]))
-        }
+        _ => Err(format!("{text:?} is not a number from {} to {}, such as {DECODE_SLOWDOWN}", bounds[0], bounds[1])),
     }
 }
 
