@@ -162,7 +162,8 @@ pub async fn ticket(config: &Config, args: &TicketArgs, json: bool) -> Result<Ex
     if json {
         view::print_json(&reply)?
     } else {
-        lifecycle::print_join_line(&reply, args.ttl)?
+        let who = if reply.reusable { "On the other machines, run" } else { "On the other machine, run" };
+        lifecycle::print_join_line(who, &reply, args.ttl)?
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -202,12 +202,11 @@ async fn announce(client: &Client, config: &Config, started: bool, json: bool, s
         view::print_line(format!("API for other machines: http://{listen}/v1, {who}"))?;
     }
     view::print_line(pair::describe(&pairing, pair::TTL_S))?;
-    print_join_line(&ticket, UP_TICKET_TTL_S)
+    print_join_line("Or, from anywhere, by ticket", &ticket, UP_TICKET_TTL_S)
 }
 
-/// Prints the line that other machines run, and how long it is good.
-pub fn print_join_line(ticket: &TicketReply, ttl_s: u64) -> Result<()> {
-    let who = if ticket.reusable { "Or, by ticket, also from other networks" } else { "On the other machine, run" };
+/// Prints the line that other machines (`who`) run, and how long it is good.
+pub fn print_join_line(who: &str, ticket: &TicketReply, ttl_s: u64) -> Result<()> {
     let uses = if ticket.reusable { "on any number of machines" } else { "once" };
     let valid = view::seconds(ttl_s);
     view::print_line(format!(
