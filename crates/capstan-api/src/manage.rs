@@ -1,4 +1,4 @@
-//! The routes under `/capstan/v1`: what the command line asks of a node. All need the admin token.
+//! The routes under `/capstan/v1`: what the command line asks of a node. All need the right to manage.
 use std::convert::Infallible;
 
 use axum::body::Body;
@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 use crate::body::JsonBody;
 use crate::error::ApiError;
-use crate::{App, guard};
+use crate::{App, guard, keys, pair};
 
 /// Largest body of a management call in bytes: a load that names a range for each of a thousand layers.
 const BODY_BYTES_MAX: usize = 256 << 10;
@@ -46,8 +46,10 @@ pub(crate) fn routes(app: &App) -> Router<App> {
         .route("/join", post(join))
         .route("/leave", post(leave))
         .route("/stop", post(stop))
+        .merge(keys::routes())
+        .merge(pair::routes())
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
-        .route_layer(middleware::from_fn_with_state(app.clone(), guard::check_token))
+        .route_layer(middleware::from_fn_with_state(app.clone(), guard::check_manage))
 }
 
 async fn status(State(app): State<App>) -> Json<ClusterStatus> {

@@ -1,27 +1,30 @@
 //! The routes under `/v1` as OpenAI has them, and `/health`.
-use axum::extract::{DefaultBodyLimit, Path, State};
+use axum::extract::{ConnectInfo, DefaultBodyLimit, Path, State};
 use axum::http::StatusCode;
 use axum::response::Response;
 use axum::routing::{get, post};
-use axum::{Json, Router};
+use axum::{Extension, Json, Router, middleware};
 use capstan_proto::generate::GenerateRequest;
 use capstan_proto::limits::PROMPT_BYTES_MAX;
 use capstan_proto::manage::DeploymentStatus;
 use serde_json::{Value, json};
 
-use crate::App;
 use crate::answer::{Answer, Kind, streamed, whole};
 use crate::body::JsonBodies;
+use crate::door::Door;
 use crate::error::{ApiError, what_is_loaded};
 use crate::request::{ChatRequest, Common, CompletionRequest};
+use crate::{App, guard};
 
-pub(crate) fn routes() -> Router<App> {
+pub(crate) fn routes(app: &App) -> Router<App> {
     Router::new()
         .route("/v1/chat/completions", post(chat))
         .route("/v1/completions", post(completion))
         .route("/v1/models", get(models))
         // Names of models may hold slashes.
         .route("/v1/models/{*id}", get(model))
+        .route_layer(middleware::from_fn_with_state(app.clone(), guard::check_use))
+        // After the layer, and so open to all.
         .route("/health", get(health))
         .layer(DefaultBodyLimit::max(PROMPT_BYTES_MAX))
 }
@@ -98,7 +101,11 @@ async fn model(
     }
 }
 
-async fn health(State(app): State<App>) -> Json<Value> {
+async fn health(State(app): State<App>, door: Option<Extension<ConnectInfo<Door>>>) -> Json<Value> {
+    let door = door.map(|Extension(ConnectInfo(door))| door);
+    if !guard::may_know(&app, door) {
+        return Json(json!({"status": "ok"}));
+    }
     let status = app.service.status().await;
     Json(json!({
         "status": "ok",

@@ -32,10 +32,8 @@ pub enum TicketError {
         /// Since when, in seconds.
         ago_s: u64,
     },
-    /// A one-time ticket that another node used.
-    #[error(
-        "the ticket was used already, by another node; make a new one with `capstan ticket` on a node of the cluster"
-    )]
+    /// A one-time ticket that another node used, or this one before it left.
+    #[error("the ticket was used already; make a new one with `capstan ticket` on a node of the cluster")]
     Used,
     /// The issuer knows no such secret.
     #[error(
@@ -123,7 +121,8 @@ struct Issued {
     hash: [u8; 32],
     expires_unix_s: u64,
     reusable: bool,
-    /// Who came in with a one-time ticket; the same node may ask again when the answer was lost on its way.
+    /// Who came in with a one-time ticket; the same node may ask again when the answer was lost on its way, for as long
+    /// as it is a member.
     used_by: Option<NodeId>,
 }
 
@@ -153,12 +152,19 @@ impl TicketBook {
         Ok(())
     }
 
-    /// Lets `node` in if the secret is one that was issued, is good at this time, and was not used by another.
-    pub fn redeem(&mut self, secret: &[u8; 16], node: NodeId, now_unix_s: u64) -> Result<(), TicketError> {
+    /// Lets `node` in if the secret is one that was issued, is good at this time, and was not used by another; nor by
+    /// itself, if it has left since (`is_member` tells): a recorded request to join must not bring back who is out.
+    pub fn redeem(
+        &mut self,
+        secret: &[u8; 16],
+        node: NodeId,
+        is_member: bool,
+        now_unix_s: u64,
+    ) -> Result<(), TicketError> {
         let hash = blake3::hash(secret);
         // blake3's comparison takes the same time whatever differs.
         let entry = self.issued.iter_mut().find(|t| blake3::Hash::from(t.hash) == hash).ok_or(TicketError::Unknown)?;
-        if entry.used_by.is_some_and(|by| by != node) {
+        if entry.used_by.is_some_and(|by| by != node || !is_member) {
             return Err(TicketError::Used);
         }
         if now_unix_s >= entry.expires_unix_s {
@@ -201,17 +207,18 @@ mod tests {
     fn a_book_tells_the_reasons_apart() {
         let (a, b) = (NodeId([1; 32]), NodeId([2; 32]));
         let (t, mut book) = (ticket(false), TicketBook::default());
-        assert_eq!(book.redeem(&t.secret, a, 0), Err(TicketError::Unknown));
+        assert_eq!(book.redeem(&t.secret, a, false, 0), Err(TicketError::Unknown));
         book.issue(&t, 0).unwrap();
-        assert_eq!(book.redeem(&t.secret, a, 1005), Err(TicketError::Expired { ago_s: 5 }));
-        assert_eq!(book.redeem(&t.secret, a, 10), Ok(()));
-        assert_eq!(book.redeem(&t.secret, a, 11), Ok(()), "its answer may have been lost");
-        assert_eq!(book.redeem(&t.secret, b, 12), Err(TicketError::Used));
-        assert_eq!(book.redeem(b"xxxxxxxxxxxxxxxx", b, 12), Err(TicketError::Unknown));
+        assert_eq!(book.redeem(&t.secret, a, false, 1005), Err(TicketError::Expired { ago_s: 5 }));
+        assert_eq!(book.redeem(&t.secret, a, false, 10), Ok(()));
+        assert_eq!(book.redeem(&t.secret, a, true, 11), Ok(()), "its answer may have been lost");
+        assert_eq!(book.redeem(&t.secret, a, false, 11), Err(TicketError::Used), "it has left");
+        assert_eq!(book.redeem(&t.secret, b, true, 12), Err(TicketError::Used));
+        assert_eq!(book.redeem(b"xxxxxxxxxxxxxxxx", b, false, 12), Err(TicketError::Unknown));
 
         let mut book = TicketBook::default();
         book.issue(&ticket(true), 0).unwrap();
-        assert_eq!((book.redeem(&t.secret, a, 1), book.redeem(&t.secret, b, 2)), (Ok(()), Ok(())));
+        assert_eq!((book.redeem(&t.secret, a, false, 1), book.redeem(&t.secret, b, false, 2)), (Ok(()), Ok(())));
     }
 
     #[test]

@@ -4,6 +4,8 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use capstan_proto::control::Hello;
+
 /// One micro-batch of a large model may take a slow machine a minute; nothing healthy takes five.
 const STALL_LIMIT: Duration = Duration::from_secs(300);
 /// Service managers kill after 90 seconds what has not ended by itself.
@@ -28,6 +30,10 @@ pub struct NodeConfig {
     pub gpu_layers: i32,
     /// Whether it measures its machine and links while nothing runs.
     pub measure: bool,
+    /// Whether it may be found by multicast DNS while a pairing is open, and find others so.
+    pub mdns: bool,
+    /// The control protocols that it speaks: this build's, unless a test plays another build.
+    pub speaks: Hello,
     /// How long a driver may have requests and say nothing of them before its process counts as hung.
     pub stall_limit: Duration,
     /// How long a node that is stopped lets answers in progress finish.
@@ -49,6 +55,8 @@ impl NodeConfig {
             memory_limit_bytes: None,
             gpu_layers: -1,
             measure: true,
+            mdns: true,
+            speaks: Hello::ours(env!("CARGO_PKG_VERSION")),
             stall_limit: STALL_LIMIT,
             drain_limit: DRAIN_LIMIT,
             resume_limit: RESUME_LIMIT,

@@ -1,5 +1,5 @@
 //! Calls to other nodes: one connection a member, dialled by key when needed, kept for the next call.
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -21,48 +21,70 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(4);
 /// How long an ordinary call may take.
 pub(crate) const CALL_TIMEOUT: Duration = Duration::from_secs(10);
 
-type Slot = Arc<tokio::sync::Mutex<Option<Connection>>>;
+/// A connection, with the version that both sides agreed on.
+type Slot = Arc<tokio::sync::Mutex<Option<(Connection, u32)>>>;
 
 /// Connections to other members.
 pub(crate) struct ControlClient {
     endpoint: Endpoint,
     membership: Arc<Membership>,
-    build: String,
+    speaks: Hello,
     slots: Mutex<HashMap<NodeId, Slot>>,
+    /// Nodes that share no version with this one, so that each is told of once.
+    parted: Mutex<HashSet<NodeId>>,
 }
 
 impl ControlClient {
-    pub(crate) fn new(endpoint: Endpoint, membership: Arc<Membership>, build: &str) -> Self {
-        Self { endpoint, membership, build: build.into(), slots: Mutex::default() }
+    pub(crate) fn new(endpoint: Endpoint, membership: Arc<Membership>, speaks: Hello) -> Self {
+        Self { endpoint, membership, speaks, slots: Mutex::default(), parted: Mutex::default() }
     }
 
     fn slot(&self, node: NodeId) -> Slot {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner).entry(node).or_default().clone()
     }
 
-    /// A live connection to a member.
-    async fn connection(&self, node: NodeId) -> Result<Connection, CallError> {
+    /// A live connection to a member, and the version that both sides speak.
+    async fn connection(&self, node: NodeId) -> Result<(Connection, u32), CallError> {
         let member = self.membership.get(node).ok_or_else(|| CallError::NotAMember(node.short()))?;
         let slot = self.slot(node);
         // Callers for the same node wait here for one attempt instead of making many.
         let mut kept = slot.lock().await;
-        if let Some(connection) = kept.as_ref().filter(|c| c.close_reason().is_none()) {
-            return Ok(connection.clone());
+        if let Some(kept) = kept.as_ref().filter(|(c, _)| c.close_reason().is_none()) {
+            return Ok(kept.clone());
         }
-        let fresh = connect(&self.endpoint, &self.build, node, &member.name, &member.addrs, CONTROL_ALPN).await?;
-        *kept = Some(fresh.clone());
-        Ok(fresh)
+        let fresh = connect(&self.endpoint, &self.speaks, node, &member.name, &member.addrs, CONTROL_ALPN).await;
+        self.note_version(node, &member.name, fresh.as_ref().err());
+        *kept = Some(fresh?);
+        // It was put there the line before.
+        kept.clone().ok_or_else(|| CallError::NotAMember(node.short()))
     }
 
-    /// Opens a stream to a member and sends a request on it.
+    /// Says once, and not with every poll, that a node runs a build that this one cannot talk to.
+    fn note_version(&self, node: NodeId, name: &str, error: Option<&CallError>) {
+        let mut parted = self.parted.lock().unwrap_or_else(PoisonError::into_inner);
+        match error {
+            Some(CallError::Version(mismatch)) => {
+                if parted.insert(node) {
+                    tracing::warn!(node = name, "{mismatch}");
+                }
+            }
+            Some(_) => {}
+            None => _ = parted.remove(&node),
+        }
+    }
+
+    /// Opens a stream to a member and sends a request on it, unless the member's build is too old for it.
     pub(crate) async fn open(&self, to: NodeId, request: &Request) -> Result<(SendStream, RecvStream), CallError> {
         let name = self.membership.name_of(to);
         let lost = |reason: String| CallError::Lost { node: name.clone(), reason };
-        let connection = self.connection(to).await?;
+        let (connection, agreed) = self.connection(to).await?;
+        if request.since() > agreed {
+            return Err(CallError::TooOld { node: name, agreed, needs: request.since() });
+        }
         let (mut send, recv) = match connection.open_bi().await {
             Ok(streams) => streams,
             // The kept connection had died without our notice: one fresh one is worth a try.
-            Err(_) => self.connection(to).await?.open_bi().await.map_err(|e| lost(reason(&e)))?,
+            Err(_) => self.connection(to).await?.0.open_bi().await.map_err(|e| lost(reason(&e)))?,
         };
         match frames::write(&mut send, request, limits::MESSAGE_BYTES_MAX).await {
             Ok(()) => Ok((send, recv)),
@@ -83,9 +105,10 @@ impl ControlClient {
             let (mut send, mut recv) = self.open(to, request).await?;
             // A second finish is the only way this fails.
             send.finish().ok();
-            frames::expect(&mut recv, limits::MESSAGE_BYTES_MAX)
-                .await
-                .map_err(|e| CallError::Lost { node: name.clone(), reason: e.to_string() })
+            frames::expect(&mut recv, limits::MESSAGE_BYTES_MAX).await.map_err(|e| match e {
+                frames::FrameError::NotUnderstood => CallError::NotUnderstood { node: name.clone() },
+                e => CallError::Lost { node: name.clone(), reason: e.to_string() },
+            })
         };
         match timeout(limit, call).await {
             Ok(result) => result,
@@ -96,7 +119,7 @@ impl ControlClient {
     /// Whether a connection to this member stands.
     pub(crate) fn forget(&self, node: NodeId, code: u32, reason: &str) {
         let slot = self.slots.lock().unwrap_or_else(PoisonError::into_inner).remove(&node);
-        if let Some(connection) = slot.and_then(|s| s.try_lock().ok().and_then(|mut c| c.take())) {
+        if let Some((connection, _)) = slot.and_then(|s| s.try_lock().ok().and_then(|mut c| c.take())) {
             connection.close(VarInt::from_u32(code), reason.as_bytes());
         }
     }
@@ -107,15 +130,15 @@ impl ControlClient {
     }
 }
 
-/// Dials a node and exchanges hellos.
+/// Dials a node and exchanges hellos. Gives the version that both sides speak.
 pub(crate) async fn connect(
     endpoint: &Endpoint,
-    build: &str,
+    speaks: &Hello,
     node: NodeId,
     name: &str,
     addrs: &[SocketAddr],
     alpn: &[u8],
-) -> Result<Connection, CallError> {
+) -> Result<(Connection, u32), CallError> {
     let unreachable = |reason: String| CallError::Unreachable { node: name.to_owned(), reason };
     let addr = dial_addr(node, addrs).ok_or_else(|| unreachable("its key is not valid".into()))?;
     let dial = async {
@@ -129,9 +152,8 @@ pub(crate) async fn connect(
             _ => unreachable(e),
         };
         let (mut send, mut recv) = connection.open_bi().await.map_err(|e| refused(&connection, e.to_string()))?;
-        let ours = Hello::ours(build);
         let hellos = async {
-            frames::write(&mut send, &ours, control::HELLO_BYTES_MAX).await?;
+            frames::write(&mut send, speaks, control::HELLO_BYTES_MAX).await?;
             frames::expect::<Hello>(&mut recv, control::HELLO_BYTES_MAX).await
         };
         let theirs = match hellos.await {
@@ -143,8 +165,8 @@ pub(crate) async fn connect(
             }
         };
         send.finish().ok();
-        ours.agree(&theirs)?;
-        Ok(connection)
+        let agreed = speaks.agree(&theirs)?;
+        Ok((connection, agreed))
     };
     match timeout(CONNECT_TIMEOUT, dial).await {
         Ok(result) => result,

@@ -59,18 +59,22 @@ fn close(connection: &Connection, code: u32, reason: &str) {
     connection.close(VarInt::from_u32(code), reason.as_bytes());
 }
 
-/// Answers the other side's hello; a connection without a common version is closed with a sentence.
-async fn hello(connection: &Connection, build: &str) -> Result<(), String> {
+/// Answers the other side's hello and gives the version that both speak; a connection without one is closed with a
+/// sentence.
+pub(crate) async fn hello(connection: &Connection, ours: &Hello) -> Result<u32, String> {
     let exchange = async {
         let (mut send, mut recv) = connection.accept_bi().await.map_err(|e| e.to_string())?;
         let theirs: Hello = frames::expect(&mut recv, control::HELLO_BYTES_MAX).await.map_err(|e| e.to_string())?;
-        let ours = Hello::ours(build);
-        frames::write(&mut send, &ours, control::HELLO_BYTES_MAX).await.map_err(|e| e.to_string())?;
+        frames::write(&mut send, ours, control::HELLO_BYTES_MAX).await.map_err(|e| e.to_string())?;
         send.finish().ok();
-        ours.agree(&theirs).map_err(|e| e.to_string())?;
-        Ok(())
+        let agreed = ours.agree(&theirs).map_err(|e| e.to_string());
+        if agreed.is_err() {
+            // Closing at once would overtake our hello, and the other side could not say what to upgrade.
+            timeout(Duration::from_secs(1), connection.closed()).await.ok();
+        }
+        agreed
     };
-    let result: Result<(), String> =
+    let result: Result<u32, String> =
         timeout(HELLO_TIMEOUT, exchange).await.unwrap_or_else(|_| Err("no hello came in time".into()));
     if let Err(reason) = &result {
         close(connection, CLOSE_PROTOCOL, reason);
@@ -92,21 +96,22 @@ impl ProtocolHandler for ControlProtocol {
             return Ok(());
         }
         let id = shared.connections.add(from, &connection);
-        if let Err(reason) = hello(&connection, shared.build).await {
-            tracing::debug!(node = %from.short(), reason, "a connection ended at its hello");
-        } else {
-            while let Ok((send, recv)) = connection.accept_bi().await {
-                // Membership may have ended since the last stream.
-                if !shared.membership.is_member(from) {
-                    close(&connection, CLOSE_NOT_A_MEMBER, "this node has left the cluster");
-                    break;
-                }
-                let shared = shared.clone();
-                tokio::spawn(async move {
-                    if let Err(error) = serve(shared, from, send, recv).await {
-                        tracing::debug!(node = %from.short(), %error, "a request ended early");
+        match hello(&connection, &shared.config.speaks).await {
+            Err(reason) => tracing::debug!(node = %from.short(), reason, "a connection ended at its hello"),
+            Ok(agreed) => {
+                while let Ok((send, recv)) = connection.accept_bi().await {
+                    // Membership may have ended since the last stream.
+                    if !shared.membership.is_member(from) {
+                        close(&connection, CLOSE_NOT_A_MEMBER, "this node has left the cluster");
+                        break;
                     }
-                });
+                    let shared = shared.clone();
+                    tokio::spawn(async move {
+                        if let Err(error) = serve(shared, from, agreed, send, recv).await {
+                            tracing::debug!(node = %from.short(), %error, "a request ended early");
+                        }
+                    });
+                }
             }
         }
         shared.connections.remove(from, id);
@@ -118,12 +123,22 @@ impl ProtocolHandler for ControlProtocol {
 async fn serve(
     shared: Arc<Shared>,
     from: NodeId,
+    agreed: u32,
     mut send: SendStream,
     mut recv: RecvStream,
 ) -> Result<(), FrameError> {
-    let request: Request = match timeout(HELLO_TIMEOUT, frames::expect(&mut recv, limits::MESSAGE_BYTES_MAX)).await {
-        Ok(request) => request?,
-        Err(_) => return Err(FrameError::Stream("no request came in time".into())),
+    let read = frames::expect_kind::<Request>(&mut recv, limits::MESSAGE_BYTES_MAX, Request::KINDS);
+    let read = timeout(HELLO_TIMEOUT, read).await;
+    let request: Request = match read.unwrap_or_else(|_| Err(FrameError::Stream("no request came in time".into()))) {
+        Ok(request) if request.since() > agreed => {
+            frames::refuse(&mut send, &mut recv, &FrameError::NotUnderstood);
+            return Err(FrameError::NotUnderstood);
+        }
+        Ok(request) => request,
+        Err(error) => {
+            frames::refuse(&mut send, &mut recv, &error);
+            return Err(error);
+        }
     };
     let refused = |why: &str| Err(FrameError::Stream(format!("refused: {why}")));
     match request {
@@ -178,6 +193,15 @@ async fn serve(
             let result = shared.deployments.unload(deployment).await;
             reply(&mut send, &UnloadReply(result.err().map(|e| clip(e.message)))).await
         }
+        Request::Keys(news) => {
+            if let Err(error) = news.check() {
+                return refused(&error.to_string());
+            }
+            match shared.keys.hear(*news) {
+                Some(answer) => reply(&mut send, &answer).await,
+                None => refused("keys of another cluster"),
+            }
+        }
     }
 }
 
@@ -227,7 +251,7 @@ impl ProtocolHandler for JoinProtocol {
             close(&connection, CLOSE_PROTOCOL, "too many nodes join at once; try again in a moment");
             return Ok(());
         };
-        if hello(&connection, shared.build).await.is_err() {
+        if hello(&connection, &shared.config.speaks).await.is_err() {
             return Ok(());
         }
         let from = node_id(connection.remote_id());

@@ -80,6 +80,24 @@ pub enum CallError {
     /// No common version.
     #[error(transparent)]
     Version(#[from] VersionMismatch),
+    /// It runs a build that does not know this yet; nothing was sent.
+    #[error(
+        "node {node} speaks control protocol {agreed} with this one, and this takes {needs}; upgrade capstan on {node}"
+    )]
+    TooOld {
+        /// Its name.
+        node: String,
+        /// The version that both speak.
+        agreed: u32,
+        /// The version that brought the request.
+        needs: u32,
+    },
+    /// It does not know this request; nothing took effect.
+    #[error("node {node} does not understand this request; does it run an older capstan? Upgrade it")]
+    NotUnderstood {
+        /// Its name.
+        node: String,
+    },
     /// It took too long.
     #[error("node {node} did not answer within {seconds} s; is it overloaded or cut off?")]
     TimedOut {

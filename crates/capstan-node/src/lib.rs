@@ -8,6 +8,8 @@
 //! | `identity`, `files` | its key; small files that are there whole or not at all |
 //! | `endpoint`, `frames` | QUIC by key; messages on a stream |
 //! | `membership`, `view` | who is in the cluster; how the others are |
+//! | `keys` | the cluster's API keys, by their hashes |
+//! | `pairing`, `nearby` | a short code instead of a ticket; how the machine that shows it is found |
 //! | `control_client`, `control_server` | calls to other nodes, and answers |
 //! | `deployments`, `blueprint`, `coordinator`, `cutter` | load and place; bring up, wire, mend; shards for others |
 //! | `scheduling` | what a load asks of the scheduler, and what follows for a placement |
@@ -39,11 +41,14 @@ mod fleet;
 mod frames;
 mod generate;
 mod identity;
+mod keys;
 mod machine;
 mod measuring;
 mod membership;
 mod moving;
+mod nearby;
 pub mod node;
+mod pairing;
 mod placing;
 mod pulse;
 mod rehearsal;

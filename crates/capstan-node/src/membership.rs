@@ -240,7 +240,8 @@ impl Membership {
                 },
                 now_ms(),
             )?;
-            state.tickets.redeem(&join.secret, id, now_s())?;
+            let is_member = state.members.get(id).is_some();
+            state.tickets.redeem(&join.secret, id, is_member, now_s())?;
             let command = Command::Admit { id, name: join.name, addrs: join.addrs, version: join.version };
             let entry = state.members.apply(command, now_ms())?;
             state.detector.heard(id, now_ms());

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use capstan_cluster::Member;
 use capstan_proto::control::{CLOSE_NOT_A_MEMBER, CONTROL_ALPN, Done, Gossip, JOIN_ALPN, Request};
 use capstan_proto::manage::{ClusterStatus, DeploymentStatus, NodeStatus};
+use capstan_proto::pairing::PAIR_ALPN;
 use capstan_proto::{ClusterId, NodeId};
 use capstan_store::Store;
 use iroh::Endpoint;
@@ -26,10 +27,12 @@ use crate::deployments::{self, Deployments};
 use crate::endpoint;
 use crate::error::{CallError, NodeError};
 use crate::identity;
+use crate::keys::{self, KeyRing};
 use crate::machine::Machine;
 use crate::measuring;
 use crate::membership::Membership;
 use crate::moving;
+use crate::pairing::{PairProtocol, Pairing};
 use crate::rehearsal::Rehearsals;
 use crate::stages::StageHost;
 use crate::view::View;
@@ -39,7 +42,7 @@ const POLL_INTERVAL: Duration = Duration::from_secs(1);
 /// How long a poll may take before the next one is made.
 const POLL_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long a caller waits for news to reach the others: those that are slower hear it by the next poll.
-const PUSH_TIMEOUT: Duration = Duration::from_secs(2);
+pub(crate) const PUSH_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long the endpoint may take to say goodbye.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(3);
 /// Close code of a node that stops.
@@ -89,6 +92,8 @@ pub(crate) struct Shared {
     pub(crate) id: NodeId,
     pub(crate) endpoint: Endpoint,
     pub(crate) membership: Arc<Membership>,
+    pub(crate) keys: KeyRing,
+    pub(crate) pairing: Pairing,
     pub(crate) client: ControlClient,
     pub(crate) connections: Connections,
     pub(crate) view: View,
@@ -235,6 +240,9 @@ impl Shared {
         gossip.check()?;
         self.view.put_rtt(node, start.elapsed().as_micros() as u64);
         self.hear_gossip(node, gossip);
+        if let Err(error) = keys::exchange(self, node).await {
+            tracing::debug!(node = %node.short(), %error, "API keys could not be compared");
+        }
         Ok(())
     }
 
@@ -316,7 +324,9 @@ impl Node {
         let addrs = endpoint::addrs(&endpoint);
         let membership = Arc::new(Membership::open(&config.data_dir, id, config.name.clone(), addrs, build)?);
         let shared = Arc::new(Shared {
-            client: ControlClient::new(endpoint.clone(), membership.clone(), build),
+            client: ControlClient::new(endpoint.clone(), membership.clone(), config.speaks.clone()),
+            keys: KeyRing::open(&config.data_dir, membership.clone())?,
+            pairing: Pairing::default(),
             machine: Arc::new(Machine::new(config.memory_limit_bytes, config.gpu_layers)),
             cutter: Cutter::open(&config.data_dir)?,
             rehearsals: Rehearsals::open(&config.data_dir)?,
@@ -352,6 +362,7 @@ impl Node {
         let router = Router::builder(endpoint)
             .accept(CONTROL_ALPN, ControlProtocol(Arc::downgrade(&shared)))
             .accept(JOIN_ALPN, JoinProtocol::new(Arc::downgrade(&shared)))
+            .accept(PAIR_ALPN, PairProtocol::new(Arc::downgrade(&shared)))
             .accept(capstan_store::BLOBS_ALPN, store.protocol(may_fetch))
             .spawn();
         tracing::info!(

@@ -1,11 +1,14 @@
 //! A node, as its API and its command line use it.
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use async_trait::async_trait;
 use capstan_cluster::Ticket;
 use capstan_proto::control::{self, Done, JOIN_ALPN, Join, JoinReply, Request, UnloadReply};
 use capstan_proto::generate::{GenerateEvent, GenerateRequest, RequestError};
+use capstan_proto::keys::{KeyInfo, KeyScope, NewKey};
 use capstan_proto::manage::{ClusterStatus, LoadEvent, LoadRequest, ManageError, TicketReply};
+use capstan_proto::pairing::{NearbyNode, PairingReply};
 use iroh::endpoint::VarInt;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
@@ -13,7 +16,7 @@ use tokio::time::timeout;
 use crate::control_client::connect;
 use crate::node::Node;
 use crate::service::Service;
-use crate::{deployments, endpoint, frames, generate};
+use crate::{deployments, endpoint, frames, generate, keys, pairing};
 
 /// Longest life of a ticket, in seconds: a month.
 const TICKET_TTL_MAX_S: u64 = 31 * 24 * 3600;
@@ -84,8 +87,9 @@ impl Service for Node {
             return Err(ManageError::new(409, "this node serves models; `capstan unload` them first, then join"));
         }
         let inviter = "that issued the ticket";
-        let connection =
-            connect(&shared.endpoint, shared.build, ticket.inviter, inviter, &ticket.addrs, JOIN_ALPN).await?;
+        let speaks = &shared.config.speaks;
+        let (connection, _) =
+            connect(&shared.endpoint, speaks, ticket.inviter, inviter, &ticket.addrs, JOIN_ALPN).await?;
         let ask = async {
             let (mut send, mut recv) =
                 connection.open_bi().await.map_err(|e| frames::FrameError::Stream(e.to_string()))?;
@@ -128,6 +132,47 @@ impl Service for Node {
                 Ok(shared.cluster_status())
             }
         }
+    }
+
+    async fn open_pairing(&self, ttl_s: u64) -> Result<PairingReply, ManageError> {
+        pairing::open(&self.shared, ttl_s).await
+    }
+
+    async fn pair(&self, code: String, at: Option<SocketAddr>) -> Result<ClusterStatus, ManageError> {
+        // Asked before the code is used up, and once more when the ticket is.
+        if !self.is_alone() || !self.shared.deployments.is_empty() {
+            let message = "this node is in a cluster with others, or serves models; `capstan leave` or `capstan \
+                           unload` first, then join";
+            return Err(ManageError::new(409, message));
+        }
+        let ticket = pairing::ticket(&self.shared, &code, at).await?;
+        self.join(ticket.to_string()).await
+    }
+
+    async fn nearby(&self) -> Result<Vec<NearbyNode>, ManageError> {
+        pairing::list(&self.shared).await
+    }
+
+    async fn keys(&self) -> Result<Vec<KeyInfo>, ManageError> {
+        Ok(self.shared.keys.list())
+    }
+
+    async fn add_key(&self, name: String, scope: KeyScope) -> Result<NewKey, ManageError> {
+        let made = self.shared.keys.add(&name, scope)?;
+        keys::tell_all(&self.shared).await;
+        tracing::info!(name, scope = scope.word(), "an API key was made");
+        Ok(made)
+    }
+
+    async fn revoke_key(&self, name: String) -> Result<usize, ManageError> {
+        let revoked = self.shared.keys.revoke(&name)?;
+        keys::tell_all(&self.shared).await;
+        tracing::info!(name, "an API key was revoked");
+        Ok(revoked)
+    }
+
+    fn check_key(&self, shown: &str) -> Option<(String, KeyScope)> {
+        self.shared.keys.check(shown)
     }
 
     async fn leave(&self) -> Result<(), ManageError> {

@@ -45,6 +45,13 @@ pub fn decode<T: DeserializeOwned>(body: &[u8]) -> Result<T, CodecError> {
     if rest.is_empty() { Ok(message) } else { Err(CodecError::Malformed(format!("{} bytes too many", rest.len()))) }
 }
 
+/// The number of the variant that a message of an enum begins with; none when it is cut off or no number.
+///
+/// It tells a message that a newer build sent, whose number is too high, from one that is broken.
+pub fn kind(body: &[u8]) -> Option<u32> {
+    postcard::take_from_bytes::<u32>(body).ok().map(|(kind, _)| kind)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

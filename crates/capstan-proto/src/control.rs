@@ -12,19 +12,18 @@ use serde::{Deserialize, Serialize};
 use crate::child::{ChildStats, PeerAddr, StageInfo, StageSpec, Wiring};
 use crate::device::DeviceProfile;
 use crate::generate::{GenerateRequest, RequestError};
+use crate::keys::KeyNews;
 use crate::manage::{DeploymentStatus, NodeStatus};
+pub use crate::version::{
+    CONTROL_VERSION_MAX, CONTROL_VERSION_MIN, HELLO_BYTES_MAX, Hello, KEYS_SINCE, RESET_BAD_REQUEST,
+    RESET_NOT_UNDERSTOOD, VersionMismatch,
+};
 use crate::{ClusterId, DeploymentId, Epoch, NodeId, limits};
 
 /// ALPN between members of a cluster.
 pub const CONTROL_ALPN: &[u8] = b"capstan/control/1";
 /// ALPN by which a node that holds a ticket asks to become a member.
 pub const JOIN_ALPN: &[u8] = b"capstan/join/1";
-/// Oldest control protocol that this build speaks.
-pub const CONTROL_VERSION_MIN: u32 = 4;
-/// Newest control protocol that this build speaks.
-pub const CONTROL_VERSION_MAX: u32 = 4;
-/// Largest [`Hello`] frame: it is read before anything is known of the other side.
-pub const HELLO_BYTES_MAX: usize = 1024;
 /// Largest request to join: it is read from a stranger. [`ADDRS_MAX`] addresses take less than a tenth of it.
 pub const JOIN_REQUEST_BYTES_MAX: usize = 16 << 10;
 /// Largest answer to a request to join: [`ENTRIES_MAX`] members of about 1 KiB each.
@@ -48,64 +47,6 @@ pub const MADE_UP_FILE_BYTES_MAX: u64 = 16 << 40;
 pub const CLOSE_NOT_A_MEMBER: u32 = 403;
 /// Close code of a connection whose sides share no version, or that broke the protocol.
 pub const CLOSE_PROTOCOL: u32 = 400;
-
-/// The first frame on a connection, in both directions. Its layout never changes.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Hello {
-    /// Oldest version spoken.
-    pub min: u32,
-    /// Newest version spoken.
-    pub max: u32,
-    /// Version of capstan, for people.
-    pub build: String,
-}
-
-/// Two builds that share no version.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "this node runs capstan {ours} (control protocol {ours_min} to {ours_max}) and the other capstan {theirs} \
-     (control protocol {theirs_min} to {theirs_max}), which have none in common; upgrade capstan on {older} node"
-)]
-pub struct VersionMismatch {
-    /// Our build.
-    pub ours: String,
-    /// Our oldest version.
-    pub ours_min: u32,
-    /// Our newest version.
-    pub ours_max: u32,
-    /// Their build.
-    pub theirs: String,
-    /// Their oldest version.
-    pub theirs_min: u32,
-    /// Their newest version.
-    pub theirs_max: u32,
-    /// `this` or `the other`: which node to upgrade.
-    pub older: &'static str,
-}
-
-impl Hello {
-    /// What this build says.
-    pub fn ours(build: impl Into<String>) -> Self {
-        Self { min: CONTROL_VERSION_MIN, max: CONTROL_VERSION_MAX, build: build.into() }
-    }
-
-    /// The newest version that both sides speak.
-    pub fn agree(&self, theirs: &Hello) -> Result<u32, VersionMismatch> {
-        let version = self.max.min(theirs.max);
-        if version >= self.min.max(theirs.min) {
-            return Ok(version);
-        }
-        Err(VersionMismatch {
-            ours: self.build.clone(),
-            ours_min: self.min,
-            ours_max: self.max,
-            theirs: theirs.build.chars().take(64).collect(),
-            theirs_min: theirs.min,
-            theirs_max: theirs.max,
-            older: if self.max < theirs.max { "this" } else { "the other" },
-        })
-    }
-}
 
 /// A message that breaks one of this module's bounds.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -339,7 +280,8 @@ pub enum StageEvent {
     },
 }
 
-/// What a member asks of another; the first frame of a stream.
+/// What a member asks of another; the first frame of a stream. It grows at its end only: see the rules in
+/// [`version`](crate::version).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Request {
     /// Here is what I know; tell me what you know. Answered by one [`Gossip`].
@@ -372,6 +314,27 @@ pub enum Request {
         /// The deployment.
         deployment: DeploymentId,
     },
+    /// The API keys that I know, or only their digest. Answered by [`KeyNews`], with entries where the digests differ.
+    Keys(Box<KeyNews>),
+}
+
+impl Request {
+    /// How many kinds there are. A frame that begins with this number or a higher one is from a newer build.
+    pub const KINDS: u32 = 8;
+
+    /// The version of the protocol that brought this request.
+    pub fn since(&self) -> u32 {
+        match self {
+            Self::Poll(_)
+            | Self::Stage(_)
+            | Self::Generate { .. }
+            | Self::Update(_)
+            | Self::Wire { .. }
+            | Self::Leave(_)
+            | Self::Unload { .. } => 3,
+            Self::Keys(_) => KEYS_SINCE,
+        }
+    }
 }
 
 /// The answer to a request that asks for nothing back.
@@ -392,7 +355,7 @@ pub enum GenerateReply {
 }
 
 /// What a node with a ticket asks, after the [`Hello`]s, on [`JOIN_ALPN`].
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Join {
     /// The cluster that the ticket names.
     pub cluster: ClusterId,
@@ -404,6 +367,18 @@ pub struct Join {
     pub addrs: Vec<SocketAddr>,
     /// Version of capstan it runs.
     pub version: String,
+}
+
+// Without the secret.
+impl std::fmt::Debug for Join {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Join")
+            .field("cluster", &self.cluster)
+            .field("name", &self.name)
+            .field("addrs", &self.addrs)
+            .field("version", &self.version)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Join {
@@ -451,14 +426,73 @@ pub fn clip(mut reason: String) -> String {
 mod tests {
     use super::*;
 
+    /// The number that a message of an enum begins with.
+    fn number<T: Serialize>(message: &T) -> u32 {
+        crate::codec::kind(&postcard::to_stdvec(message).unwrap()).unwrap()
+    }
+
     #[test]
-    fn the_newest_common_version_or_a_sentence() {
-        let hello = |min, max| Hello { min, max, build: format!("0.{max}") };
-        assert_eq!(hello(1, 3).agree(&hello(2, 5)), Ok(3));
-        assert_eq!(hello(2, 5).agree(&hello(1, 3)), Ok(3));
-        let old = hello(1, 1).agree(&hello(2, 3)).unwrap_err();
-        assert!(old.to_string().ends_with("upgrade capstan on this node"), "{old}");
-        assert_eq!(hello(2, 3).agree(&hello(1, 1)).unwrap_err().older, "the other");
+    fn numbers_of_messages_never_change() {
+        let key = NodeId([7; 32]);
+        let member = || Member {
+            id: key,
+            name: "a".into(),
+            addrs: vec![],
+            version: "1".into(),
+            state: MemberState::Active,
+            stamp: 1,
+        };
+        let list = || DeploymentList { coordinator: key, stamp: 1, deployments: vec![] };
+        let news = KeyNews { cluster: ClusterId([1; 32]), digest: [0; 32], entries: vec![] };
+        let deployment = DeploymentId(1);
+        let requests = [
+            (3, Request::Update(Box::new(list()))),
+            (4, Request::Wire { up_bytes: 0, down_bytes: 0 }),
+            (5, Request::Leave(Box::new(member()))),
+            (6, Request::Unload { deployment }),
+            (7, Request::Keys(Box::new(news))),
+        ];
+        for (n, request) in &requests {
+            assert_eq!(number(request), *n, "{request:?}");
+        }
+        // A kind more is one that this build does not know; adding it means raising the number and the version.
+        let last = requests.iter().map(|(n, _)| *n).max();
+        assert_eq!(last, Some(Request::KINDS - 1));
+        let newest = requests.iter().map(|(_, r)| r.since()).max();
+        assert!(newest <= Some(CONTROL_VERSION_MAX));
+        let shard = ShardRef { hash: [0; 32], bytes: 1 };
+        assert_eq!(number(&StageCommand::Fetch(StageFile::Shard, shard)), 0);
+        assert_eq!(number(&StageCommand::Stop), 3);
+        assert_eq!(number(&StageEvent::Need(StageFile::Draft)), 0);
+        assert_eq!(number(&StageEvent::Ended { reason: String::new() }), 8);
+        assert_eq!(number(&MemberState::Left), 1);
+        assert_eq!(number(&JoinReply::Refused { status: 1, message: String::new() }), 1);
+    }
+
+    #[test]
+    fn what_was_released_keeps_its_bytes() {
+        let member = Member {
+            id: NodeId([7; 32]),
+            name: "ab".into(),
+            addrs: vec![([127, 0, 0, 1], 300).into()],
+            version: "1".into(),
+            state: MemberState::Left,
+            stamp: 128,
+        };
+        let mut want = vec![7; 32];
+        want.extend([2, b'a', b'b', 1, 0, 127, 0, 0, 1, 0xac, 2, 1, b'1', 1, 0x80, 1]);
+        assert_eq!(postcard::to_stdvec(&member).unwrap(), want);
+        let join = Join {
+            cluster: ClusterId([9; 32]),
+            secret: [5; 16],
+            name: "a".into(),
+            addrs: vec![],
+            version: String::new(),
+        };
+        let mut want = [vec![9; 32], vec![5; 16]].concat();
+        want.extend([1, b'a', 0, 0]);
+        assert_eq!(postcard::to_stdvec(&join).unwrap(), want);
+        assert!(!format!("{join:?}").contains("secret"));
     }
 
     #[test]

@@ -65,6 +65,10 @@ key_type!(
     /// A cluster: random, made once by the first node.
     ClusterId
 );
+key_type!(
+    /// An API key: BLAKE3 of its text, by which nodes know it again without having it.
+    KeyHash
+);
 
 /// A deployment: a model being served. Unique in the cluster's life; made by the node that loads it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

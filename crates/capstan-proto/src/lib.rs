@@ -11,6 +11,9 @@
 //! | [`data`] | micro-batches between stages |
 //! | [`child`] | the daemon and its compute child |
 //! | [`control`] | one node's daemon and another's |
+//! | [`version`] | which protocols a build speaks, and the rules for changing them |
+//! | [`keys`] | API keys as they travel |
+//! | [`pairing`] | a short code instead of a ticket |
 //! | [`device`] | what a machine was measured to take |
 //! | [`generate`] | a request for tokens and the events it brings |
 //! | [`manage`] | load, status, tickets: what the command line and the daemon exchange |
@@ -23,9 +26,12 @@ pub mod data;
 pub mod device;
 pub mod generate;
 pub mod ids;
+pub mod keys;
 pub mod layers;
 pub mod limits;
 pub mod manage;
+pub mod pairing;
+pub mod version;
 
-pub use ids::{ClusterId, DeploymentId, Epoch, NodeId, RequestId};
+pub use ids::{ClusterId, DeploymentId, Epoch, KeyHash, NodeId, RequestId};
 pub use layers::LayerRange;

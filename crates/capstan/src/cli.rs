@@ -4,13 +4,13 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::commands::{bench, cluster, compute, doctor, lifecycle, models, plan, rehearse, run, settings};
-use crate::config::{Auto, LogFormat, Switch, parse};
+use crate::commands::{bench, cluster, compute, doctor, key, lifecycle, models, pair, plan, rehearse, run, settings};
+use crate::config::{Auto, Listen, LogFormat, Switch, parse};
 
 const EXAMPLES: &str = "\
 Examples:
   capstan up                                   start this machine's daemon
-  capstan join TICKET                          on another machine: join its cluster
+  capstan join CODE                            on another machine: join its cluster
   capstan load model.gguf --nodes alpha,beta   serve a model on two nodes
   capstan run model \"Why is the sky blue?\"     ask it
   capstan status                               nodes, models and stages
@@ -57,12 +57,26 @@ pub struct NodeFlags {
     /// Name of this node, unique in its cluster [env: CAPSTAN_NAME] [default: the host's name]
     #[arg(long, value_parser = parse::name)]
     pub name: Option<String>,
-    /// Address of the HTTP API; port 0 lets the system choose [env: CAPSTAN_API_ADDR] [default: 127.0.0.1:8420]
-    #[arg(long, value_name = "IP:PORT", value_parser = parse::socket_addr)]
+    /// Address of the HTTP API for this machine, on loopback; port 0 lets the system choose [env: CAPSTAN_API_ADDR]
+    /// [default: 127.0.0.1:8420]
+    #[arg(long, value_name = "IP:PORT", value_parser = parse::api_addr)]
     pub api_addr: Option<SocketAddr>,
+    /// Let other machines use the HTTP API at this address, with API keys; 0.0.0.0 is every address of this machine
+    /// [env: CAPSTAN_LISTEN] [default: off]
+    #[arg(long, value_name = "IP[:PORT]|off", value_parser = parse::listen)]
+    pub listen: Option<Listen>,
+    /// Demand no API keys of other machines that use models [env: CAPSTAN_NO_AUTH] [default: false]
+    #[arg(long, value_name = "true|false", value_parser = parse::yes_no, num_args = 0..=1, require_equals = true,
+        default_missing_value = "true")]
+    pub no_auth: Option<bool>,
     /// UDP address that other nodes dial; port 0 lets the system choose [env: CAPSTAN_BIND_ADDR] [default: 0.0.0.0:8421]
     #[arg(long, value_name = "IP:PORT", value_parser = parse::socket_addr)]
     pub bind_addr: Option<SocketAddr>,
+    /// Leave multicast DNS alone, by which machines find each other while one of them shows a pairing code
+    /// [env: CAPSTAN_NO_MDNS] [default: false]
+    #[arg(long, value_name = "true|false", value_parser = parse::yes_no, num_args = 0..=1, require_equals = true,
+        default_missing_value = "true")]
+    pub no_mdns: Option<bool>,
     /// Compute threads, or `auto` for every core [env: CAPSTAN_THREADS] [default: auto]
     #[arg(long, value_name = "N", value_parser = parse::auto_count)]
     pub threads: Option<Auto<u32>>,
@@ -107,12 +121,18 @@ pub enum Command {
     /// Start this machine's daemon and print how other machines join
     #[command(after_help = lifecycle::UP_EXAMPLES)]
     Up(lifecycle::UpArgs),
-    /// Join the cluster of a ticket, starting the daemon if it is not running
+    /// Join the cluster of a pairing code or a ticket, starting the daemon if it is not running
     #[command(after_help = cluster::JOIN_EXAMPLES)]
     Join(cluster::JoinArgs),
     /// Show nodes, devices, memory, models, stages and their health
     #[command(after_help = cluster::STATUS_EXAMPLES)]
     Status,
+    /// Show a short code by which one other machine of this network joins
+    #[command(after_help = pair::EXAMPLES)]
+    Pair(pair::PairArgs),
+    /// API keys: what other machines show to use this API
+    #[command(after_help = key::EXAMPLES)]
+    Key(key::KeyArgs),
     /// Make another join ticket
     #[command(after_help = cluster::TICKET_EXAMPLES)]
     Ticket(cluster::TicketArgs),

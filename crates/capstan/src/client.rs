@@ -1,8 +1,11 @@
 //! Talking to this machine's daemon over HTTP on loopback.
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use capstan_proto::keys::{KeyInfo, NewKey};
 use capstan_proto::manage::{ClusterStatus, LoadEvent, LoadRequest, TicketReply};
+use capstan_proto::pairing::{NearbyNode, PairingReply};
 use reqwest::{Method, Response, StatusCode};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -130,6 +133,38 @@ impl Client {
     /// Joins the cluster of a ticket.
     pub async fn join(&self, ticket: &str) -> Result<ClusterStatus, ClientError> {
         self.call(Method::POST, "/capstan/v1/join", Some(json!({ "ticket": ticket })), SLOW_TIMEOUT).await
+    }
+
+    /// Opens a pairing.
+    pub async fn open_pairing(&self, ttl_s: u64) -> Result<PairingReply, ClientError> {
+        self.call(Method::POST, "/capstan/v1/pair", Some(json!({ "ttl_s": ttl_s })), QUICK_TIMEOUT).await
+    }
+
+    /// Joins the cluster of a pairing code.
+    pub async fn join_by_code(&self, code: &str, at: Option<SocketAddr>) -> Result<ClusterStatus, ClientError> {
+        let body = json!({ "code": code, "at": at });
+        self.call(Method::POST, "/capstan/v1/pair/join", Some(body), SLOW_TIMEOUT).await
+    }
+
+    /// Machines of the network that wait to be joined.
+    pub async fn nearby(&self) -> Result<Vec<NearbyNode>, ClientError> {
+        self.call(Method::GET, "/capstan/v1/nearby", None, QUICK_TIMEOUT).await
+    }
+
+    /// The API keys.
+    pub async fn keys(&self) -> Result<Vec<KeyInfo>, ClientError> {
+        self.call(Method::GET, "/capstan/v1/keys", None, QUICK_TIMEOUT).await
+    }
+
+    /// Makes an API key.
+    pub async fn add_key(&self, name: &str, manage: bool) -> Result<NewKey, ClientError> {
+        let body = json!({ "name": name, "manage": manage });
+        self.call(Method::POST, "/capstan/v1/keys", Some(body), QUICK_TIMEOUT).await
+    }
+
+    /// Revokes the API keys of this name. The name was checked: it has nothing that means something in a path.
+    pub async fn revoke_key(&self, name: &str) -> Result<(), ClientError> {
+        self.send(Method::DELETE, &format!("/capstan/v1/keys/{name}"), None, QUICK_TIMEOUT).await.map(drop)
     }
 
     /// Leaves the cluster.

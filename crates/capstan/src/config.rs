@@ -7,15 +7,16 @@ use std::fmt;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
-use capstan_proto::limits::{self, DECODE_SLOWDOWN_PERCENT_MAX, DECODE_SLOWDOWN_PERCENT_MIN};
 use serde::Serialize;
 
 use crate::cli::{Global, ModelFlags, NodeFlags};
 
+pub mod parse;
+
 /// Port of the HTTP API unless told otherwise.
-const API_PORT: u16 = 8420;
+pub(crate) const API_PORT: u16 = 8420;
 /// UDP port that other nodes dial unless told otherwise.
-const BIND_PORT: u16 = 8421;
+pub(crate) const BIND_PORT: u16 = 8421;
 /// How many times as long a decode step may take while prompts come in, unless told otherwise.
 const DECODE_SLOWDOWN: f32 = 1.75;
 /// Largest config file that is read, in bytes: a thousand times what a full one has.
@@ -24,11 +25,14 @@ const CONFIG_BYTES_MAX: u64 = 1 << 20;
 const SIMILARITY_MIN: f64 = 0.7;
 
 /// The settings, by the name they have in the config file. Flag and variable follow from it.
-pub const KEYS: [&str; 15] = [
+pub const KEYS: [&str; 18] = [
     "data_dir",
     "name",
     "api_addr",
+    "listen",
+    "no_auth",
     "bind_addr",
+    "no_mdns",
     "threads",
     "memory_limit",
     "gpu_layers",
@@ -132,6 +136,19 @@ impl<T: fmt::Display> fmt::Display for Auto<T> {
     }
 }
 
+/// Where the API listens for other machines; `off` is nowhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Listen(pub Option<SocketAddr>);
+
+impl fmt::Display for Listen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.0 {
+            Some(addr) => addr.fmt(f),
+            None => f.write_str("off"),
+        }
+    }
+}
+
 /// A thing that is done or left, and the words for that.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Switch {
@@ -203,10 +220,16 @@ pub struct Config {
     pub data_dir: Setting<PathBuf>,
     /// Name of this node.
     pub name: Setting<String>,
-    /// Address of the HTTP API.
+    /// Address of the HTTP API for this machine.
     pub api_addr: Setting<SocketAddr>,
+    /// Address of the HTTP API for other machines.
+    pub listen: Setting<Listen>,
+    /// Whether other machines use models without API keys.
+    pub no_auth: Setting<bool>,
     /// UDP address that other nodes dial.
     pub bind_addr: Setting<SocketAddr>,
+    /// Whether multicast DNS is left alone, also while a pairing is open.
+    pub no_mdns: Setting<bool>,
     /// Compute threads.
     pub threads: Setting<Auto<u32>>,
     /// Bytes that stages may take.
@@ -276,9 +299,12 @@ impl Config {
             data_dir,
             name: from.pick("name", node.name, parse::name, || Ok(default_name()))?,
             api_addr: from
-                .pick("api_addr", node.api_addr, parse::socket_addr, || Ok((Ipv4Addr::LOCALHOST, API_PORT).into()))?,
+                .pick("api_addr", node.api_addr, parse::api_addr, || Ok((Ipv4Addr::LOCALHOST, API_PORT).into()))?,
+            listen: from.pick("listen", node.listen, parse::listen, || Ok(Listen(None)))?,
+            no_auth: from.pick("no_auth", node.no_auth, parse::yes_no, || Ok(false))?,
             bind_addr: from
                 .pick("bind_addr", node.bind_addr, parse::socket_addr, || Ok((unspecified, BIND_PORT).into()))?,
+            no_mdns: from.pick("no_mdns", node.no_mdns, parse::yes_no, || Ok(false))?,
             threads: from.pick("threads", node.threads, parse::auto_count, || Ok(Auto(None)))?,
             memory_limit: from.pick("memory_limit", node.memory_limit, parse::auto_size, || Ok(Auto(None)))?,
             gpu_layers: from.pick("gpu_layers", node.gpu_layers, parse::integer, || Ok(-1))?,
@@ -310,7 +336,10 @@ impl Config {
             show("data_dir", &data_dir, self.data_dir.value.to_string_lossy()),
             show("name", &self.name, &self.name.value),
             show("api_addr", &self.api_addr, self.api_addr.value),
+            show("listen", &self.listen, self.listen.value.0),
+            show("no_auth", &self.no_auth, self.no_auth.value),
             show("bind_addr", &self.bind_addr, self.bind_addr.value),
+            show("no_mdns", &self.no_mdns, self.no_mdns.value),
             show("threads", &self.threads, self.threads.value.0),
             show("memory_limit", &self.memory_limit, self.memory_limit.value.0),
             show("gpu_layers", &self.gpu_layers, self.gpu_layers.value),
@@ -369,105 +398,6 @@ impl Sources<'_> {
     }
 }
 
-/// One parser a setting, for flags, variables and the file alike.
-pub mod parse {
-    use super::*;
-
-    /// A folder; a leading `~/` is the user's home.
-    pub fn path(text: &str) -> Result<PathBuf, String> {
-        if let (Some(rest), Some(dirs)) = (text.strip_prefix("~/"), directories::BaseDirs::new()) {
-            return Ok(dirs.home_dir().join(rest));
-        }
-        if text.is_empty() { Err("an empty path names no folder".into()) } else { Ok(PathBuf::from(text)) }
-    }
-
-    /// A node's name: short, and free of what separates names in other flags.
-    pub fn name(text: &str) -> Result<String, String> {
-        let bad = |c: char| c.is_control() || c.is_whitespace() || c == ',' || c == '=';
-        if text.is_empty() || text.len() > limits::NAME_BYTES_MAX {
-            return Err(format!("a name has 1 to {} bytes", limits::NAME_BYTES_MAX));
-        }
-        if text.contains(bad) {
-            return Err("a name has no spaces, commas or equals signs".into());
-        }
-        Ok(text.into())
-    }
-
-    /// An address with a port.
-    pub fn socket_addr(text: &str) -> Result<SocketAddr, String> {
-        text.parse().map_err(|_| format!("{text:?} is not IP:PORT, for example 127.0.0.1:8420 or [::1]:8420"))
-    }
-
-    /// `auto` or a count of at least one.
-    pub fn auto_count(text: &str) -> Result<Auto<u32>, String> {
-        match text.parse::<u32>() {
-            _ if text == "auto" => Ok(Auto(None)),
-            Ok(n) if n > 0 => Ok(Auto(Some(n))),
-            _ => Err(format!("{text:?} is neither a whole number above 0 nor `auto`")),
-        }
-    }
-
-    /// `auto` or a size in bytes with an optional suffix.
-    pub fn auto_size(text: &str) -> Result<Auto<u64>, String> {
-        match text.parse::<bytesize::ByteSize>() {
-            _ if text == "auto" => Ok(Auto(None)),
-            Ok(size) if size.0 > 0 => Ok(Auto(Some(size.0))),
-            _ => Err(format!("{text:?} is neither a size such as 96GiB, 800MB or 1073741824 nor `auto`")),
-        }
-    }
-
-    /// A whole number, which may be negative.
-    pub fn integer(text: &str) -> Result<i32, String> {
-        text.parse().map_err(|_| format!("{text:?} is not a whole number"))
-    }
-
-    /// `auto` or `off`.
-    pub fn auto_off(text: &str) -> Result<Switch, String> {
-        switch(text, Switch::Auto)
-    }
-
-    /// `on` or `off`.
-    pub fn prefix_cache(text: &str) -> Result<Switch, String> {
-        switch(text, Switch::On)
-    }
-
-    fn switch(text: &str, on: Switch) -> Result<Switch, String> {
-        let words = [on, Switch::Off];
-        words.into_iter().find(|s| s.word() == text).ok_or_else(|| format!("{text:?} is neither {on} nor off"))
-    }
-
-    /// How many times as long a decode step may take.
-    pub fn decode_slowdown(text: &str) -> Result<f32, String> {
-        let bounds =
-            [DECODE_SLOWDOWN_PERCENT_MIN, DECODE_SLOWDOWN_PERCENT_MAX].map(|percent| f32::from(percent) / 100.0);
-        match text.parse::<f32>() {
-            Ok(times) if (bounds[0]..=bounds[1]).contains(&times) => Ok(times),
-            _ => {
-                Err(format!("{text:?} is not a number from {} to {}, such as {DECODE_SLOWDOWN}", bounds[0], bounds[1]))
-            }
-        }
-    }
-
-    /// A level or a filter of `tracing`.
-    pub fn log_level(text: &str) -> Result<String, String> {
-        match tracing_subscriber::EnvFilter::try_new(text) {
-            Ok(_) => Ok(text.into()),
-            Err(_) => Err(format!(
-                "{text:?} is neither a level (off, error, warn, info, debug, trace) nor a filter such as warn,capstan_node=debug"
-            )),
-        }
-    }
-
-    /// `text` or `json`.
-    pub fn log_format(text: &str) -> Result<LogFormat, String> {
-        match text {
-            "text" => Ok(LogFormat::Text),
-            "json" => Ok(LogFormat::Json),
-            _ => Err(format!("{text:?} is neither text nor json")),
-        }
-    }
-}
-
 fn parse_file(path: &Path, text: &str) -> Result<toml::Table, ConfigError> {
     let table: toml::Table = text
         .parse()
@@ -491,7 +421,8 @@ fn scalar_text(value: &toml::Value) -> Result<String, String> {
         toml::Value::String(text) => Ok(text.clone()),
         toml::Value::Integer(n) => Ok(n.to_string()),
         toml::Value::Float(x) => Ok(x.to_string()),
-        other => Err(format!("it is a {}; write a string or a number", other.type_str())),
+        toml::Value::Boolean(yes) => Ok(yes.to_string()),
+        other => Err(format!("it is a {}; write a string, a number, true or false", other.type_str())),
     }
 }
 
@@ -581,6 +512,28 @@ mod tests {
         for (key, bad) in [("threads", "0"), ("api_addr", "'8420'"), ("name", "'a,b'"), ("log_format", "'xml'")] {
             let message = resolve(Flags::default(), &format!("{key} = {bad}"), &[]).unwrap_err().to_string();
             assert!(message.contains(&format!("bad value for {key}")), "{message}");
+        }
+    }
+
+    #[test]
+    fn the_api_is_on_loopback_unless_it_is_said_to_listen() {
+        let c = resolve(Flags::default(), "", &[]).unwrap();
+        assert!(c.api_addr.value.ip().is_loopback() && c.listen.value.0.is_none() && !c.no_auth.value);
+        let c =
+            resolve(Flags::default(), "listen = '0.0.0.0'\nno_auth = true", &[("CAPSTAN_NO_MDNS", "true")]).unwrap();
+        assert_eq!(
+            (c.listen.value.to_string().as_str(), c.no_auth.value, c.no_mdns.value),
+            ("0.0.0.0:8420", true, true)
+        );
+        assert_eq!(parse::listen("[::]:9"), Ok(Listen(Some("[::]:9".parse().unwrap()))));
+        assert_eq!(parse::listen("off"), Ok(Listen(None)));
+        for (key, bad, words) in [
+            ("api_addr", "'0.0.0.0:8420'", "--listen 0.0.0.0:8420"),
+            ("listen", "'8420'", "neither an address"),
+            ("no_auth", "'yes'", "neither true nor false"),
+        ] {
+            let message = resolve(Flags::default(), &format!("{key} = {bad}"), &[]).unwrap_err().to_string();
+            assert!(message.contains(words), "{message}");
         }
     }
 

@@ -11,16 +11,27 @@ const DAEMON_JSON: &str = "daemon.json";
 const DAEMON_JSON_BYTES_MAX: u64 = 64 << 10;
 
 /// What a running daemon leaves in its data folder for the commands. Readable by its owner only.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DaemonFile {
     /// The daemon's process.
     pub pid: u32,
     /// Where its API listens, as a command on this machine dials it.
     pub api: SocketAddr,
+    /// Where it listens for other machines; none where it does not.
+    #[serde(default)]
+    pub listen: Option<SocketAddr>,
     /// The bearer token of the management calls.
     pub token: String,
     /// Version of capstan it runs.
     pub version: String,
+}
+
+// Without the token.
+impl std::fmt::Debug for DaemonFile {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut shown = f.debug_struct("DaemonFile");
+        shown.field("pid", &self.pid).field("api", &self.api).field("version", &self.version).finish_non_exhaustive()
+    }
 }
 
 /// What a data folder says about its daemon.
@@ -120,7 +131,13 @@ mod tests {
     use super::*;
 
     fn sample(pid: u32) -> DaemonFile {
-        DaemonFile { pid, api: "127.0.0.1:8420".parse().unwrap(), token: "00".into(), version: "0.1.0".into() }
+        DaemonFile {
+            pid,
+            api: "127.0.0.1:8420".parse().unwrap(),
+            listen: None,
+            token: "00".into(),
+            version: "0.1.0".into(),
+        }
     }
 
     #[test]
@@ -138,6 +155,12 @@ mod tests {
         assert!(dir.path().join(DAEMON_JSON).exists());
         dead.remove(dir.path()).unwrap();
         assert!(!dir.path().join(DAEMON_JSON).exists());
+    }
+
+    #[test]
+    fn debug_output_has_no_token() {
+        let file = DaemonFile { token: "hush".into(), ..sample(1) };
+        assert!(!format!("{:?}", Found::Running(file)).contains("hush"));
     }
 
     #[cfg(unix)]

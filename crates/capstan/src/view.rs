@@ -49,6 +49,12 @@ pub fn seconds(s: u64) -> String {
     }
 }
 
+/// A time in seconds since 1970 as a day (UTC), such as `2026-11-23`.
+pub fn date(unix_s: u64) -> String {
+    let time = i64::try_from(unix_s).ok().and_then(|s| jiff::Timestamp::from_second(s).ok());
+    time.map_or("?".into(), |t| t.strftime("%Y-%m-%d").to_string())
+}
+
 /// Text from elsewhere, safe to print: control characters, with which a name could steer the terminal, are replaced.
 pub fn plain(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { '\u{FFFD}' } else { c }).collect()
@@ -109,6 +115,10 @@ mod tests {
         assert_eq!(
             (seconds(3600), seconds(7200), seconds(90)),
             ("1 hour".into(), "2 hours".into(), "90 seconds".into())
+        );
+        assert_eq!(
+            (date(0), date(1_795_392_000), date(u64::MAX)),
+            ("1970-01-01".into(), "2026-11-23".into(), "?".into())
         );
         assert_eq!((micros(85), micros(1500)), ("85 µs".into(), "1.5 ms".into()));
     }

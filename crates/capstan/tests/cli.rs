@@ -176,3 +176,134 @@ fn wait_until_gone(home: &Home) {
         std::thread::yield_now();
     }
 }
+
+/// Calls a daemon's API; the status and the body.
+async fn call(url: &str, key: Option<&str>) -> (u16, String) {
+    let mut request = reqwest::Client::builder().no_proxy().build().expect("a client").get(url);
+    if let Some(key) = key {
+        request = request.bearer_auth(key);
+    }
+    let reply = request.send().await.expect("the daemon answers");
+    (reply.status().as_u16(), reply.text().await.expect("a body"))
+}
+
+/// Arguments of all processes that name this folder, as `ps` shows them to everybody.
+#[cfg(target_os = "linux")]
+fn process_list(folder: &Path) -> String {
+    let folder = folder.to_str().expect("UTF-8");
+    let processes = std::fs::read_dir("/proc").expect("a process list").flatten();
+    let lines = processes.filter_map(|p| std::fs::read(p.path().join("cmdline")).ok());
+    let lines = lines.map(|l| String::from_utf8_lossy(&l).replace('\0', " ")).filter(|l| l.contains(folder));
+    lines.collect::<Vec<_>>().join("\n")
+}
+
+/// Text of all files of a folder that a daemon writes, but for those that are there to hold a secret.
+fn files(folder: &Path) -> String {
+    let mut text = String::new();
+    for entry in std::fs::read_dir(folder).expect("a folder").flatten() {
+        let path = entry.path();
+        if path.is_dir() {
+            text += &files(&path);
+        } else if !["node.key", "daemon.json"].iter().any(|name| path.ends_with(name)) {
+            text += &String::from_utf8_lossy(&std::fs::read(&path).unwrap_or_default());
+        }
+    }
+    text
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test(flavor = "multi_thread")]
+async fn beyond_loopback_a_key_is_demanded_and_secrets_are_in_no_log_file_or_process_list() {
+    let (home, other) = (Home::new(), Home::new());
+    let up = |home: &Home, more: &[&str]| {
+        let args = [&["up", "--json", "--log-level", "trace", "--no-mdns"], more].concat();
+        let output = home.command(&args).env("CAPSTAN_MEASURE", "off").output().expect("capstan starts");
+        assert!(output.status.success(), "{}", stderr(&output));
+        serde_json::from_slice::<Value>(&output.stdout).expect("JSON")
+    };
+    // What listens by this flag demands keys, on loopback as anywhere.
+    let first = up(&home, &["--listen", "127.0.0.1:0"]);
+    let (_guard, second) = (StopOnDrop(&home), up(&other, &[]));
+    let _other = StopOnDrop(&other);
+    let text = |value: &Value| value.as_str().expect("text").to_owned();
+    let (api, outside) = (text(&first["api"]), format!("http://{}/v1/models", text(&first["listen"])));
+    assert!(second["listen"].is_null());
+
+    let key = text(&home.json(&["key", "add", "laptop", "--json"])["key"]);
+    let manage = home.run(&["key", "add", "desk", "--manage"]);
+    let manage = String::from_utf8_lossy(&manage.stdout).trim().to_owned();
+    assert!(key.starts_with("sk-capstan-") && manage.starts_with("sk-capstan-"), "{manage}");
+    assert_eq!(call(&format!("{api}/models"), None).await.0, 200, "this machine needs no key");
+    let (status, refused) = call(&outside, None).await;
+    assert!(status == 401 && refused.contains("capstan key add"), "{refused}");
+    let wrong = key.replace("sk-capstan-", "sk-capstan-x");
+    let (status, refused) = call(&outside, Some(&wrong)).await;
+    assert!(status == 401 && !refused.contains(&wrong), "{refused}");
+    assert_eq!(call(&outside, Some(&key)).await.0, 200);
+    let managing = outside.replace("/v1/models", "/capstan/v1/status");
+    assert_eq!((call(&managing, Some(&key)).await.0, call(&managing, Some(&manage)).await.0), (403, 200));
+
+    // The other machine joins by the code, read from standard input.
+    let (code, at) = (text(&first["pairing"]["code"]), text(&first["pairing"]["at"][0]));
+    let mut join = other.command(&["join", "-", "--at", &at]).stdin(Stdio::piped()).spawn().expect("capstan starts");
+    std::io::Write::write_all(&mut join.stdin.take().expect("its input"), format!("{code}\n").as_bytes())
+        .expect("it reads");
+    assert!(join.wait().expect("it ends").success());
+    assert_eq!(other.json(&["status", "--json"])["nodes"].as_array().expect("nodes").len(), 2);
+    // A wrong code is refused with a sentence that does not repeat the right one.
+    let fresh = home.json(&["pair", "--json"]);
+    assert_refused(&other.run(&["join", &text(&fresh["code"]), "--at", &at]), "capstan leave");
+
+    home.run(&["key", "revoke", "laptop"]);
+    assert_eq!(call(&outside, Some(&key)).await.0, 401);
+    let listed = home.run(&["key", "list"]);
+    let listed = String::from_utf8_lossy(&listed.stdout).into_owned();
+    assert!(listed.contains("laptop") && listed.contains("revoked") && listed.contains("good"), "{listed}");
+
+    let daemon: Value =
+        serde_json::from_slice(&std::fs::read(data_dir(&home).join("daemon.json")).expect("a file")).expect("JSON");
+    let secrets = [
+        ("an API key", key),
+        ("a wrong API key", wrong),
+        ("a managing key", manage),
+        ("a code", code[3..].to_owned()),
+        ("an open code", text(&fresh["code"])[3..].to_owned()),
+        ("a ticket", text(&first["ticket"])),
+        ("the token", text(&daemon["token"])),
+    ];
+    let processes = process_list(&data_dir(&home));
+    assert!(processes.contains("daemon"), "the daemon is in the list");
+    let logs = std::fs::read_to_string(data_dir(&home).join("logs").join("daemon.log")).expect("a log");
+    assert!(logs.contains("a machine knew the pairing code") && logs.contains("an API key was made"), "{logs}");
+    for (place, text) in [
+        ("the process list", processes),
+        ("the first machine's files", files(&data_dir(&home))),
+        ("the other machine's files", files(&data_dir(&other))),
+        ("the list of keys", listed),
+        ("the status", stdout(&home.run(&["status", "--json"]))),
+        ("the settings", stdout(&home.run(&["config", "--json"]))),
+    ] {
+        for (what, secret) in &secrets {
+            assert!(!text.contains(secret.as_str()), "{what} is in {place}");
+        }
+    }
+}
+
+fn stdout(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+#[test]
+fn the_api_is_this_machines_unless_it_is_said_to_listen() {
+    let home = Home::new();
+    assert_refused(&home.run(&["up", "--api-addr", "0.0.0.0:0"]), "say `--listen 0.0.0.0:0`");
+    assert_refused(&home.run(&["up", "--listen", "everywhere"]), "neither an address");
+    assert_refused(&home.run(&["join", "42-ABCDE"]), "too short");
+    assert_refused(&home.run(&["join", "--at", "127.0.0.1:1"]), "nobody is there to type the code");
+    let ticket = home.run(&["join", "capstan1abc", "--at", "127.0.0.1:1"]);
+    assert_refused(&ticket, "--at is for pairing codes");
+    assert_refused(&home.run(&["key", "add", "a/b"]), "no name for a key");
+    for args in [&["key", "list"][..], &["pair"]] {
+        assert_refused(&home.run(args), "no daemon is running here");
+    }
+}

@@ -1,15 +1,20 @@
 //! A node that answers from a script: the model's name says what happens.
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
+use capstan_api::door::{DoorListener, Reach};
 use capstan_api::{ApiOptions, router, serve};
+use capstan_cluster::ApiKeys;
 use capstan_node::service::Service;
 use capstan_proto::generate::{
     Alternative, ErrorKind, FinishReason, GenerateEvent, GenerateRequest, RequestError, TokenLogprob, Usage,
 };
+use capstan_proto::keys::{KeyInfo, KeyScope, NewKey};
 use capstan_proto::manage::{
     ClusterStatus, DeploymentStatus, Health, LoadEvent, LoadRequest, ManageError, NodeStatus, TicketReply,
 };
+use capstan_proto::pairing::{NearbyNode, PairingReply};
 use capstan_proto::{ClusterId, DeploymentId, Epoch, NodeId};
 use tokio::sync::{mpsc, oneshot};
 
@@ -23,6 +28,8 @@ pub const MODELS: [&str; 9] = ["tiny", "org/slash", "endless", "lost", "busy", "
 pub struct Fake {
     /// Requests as they came.
     pub requests: Mutex<Vec<GenerateRequest>>,
+    /// API keys, as a node keeps them; the number of one is its random bytes.
+    pub keys: Mutex<(u8, ApiKeys)>,
     /// Fired when the receiver of an endless answer is dropped.
     pub dropped: Mutex<Option<oneshot::Sender<()>>>,
     /// Fired when a load has sent its last event, whoever listens.
@@ -153,6 +160,38 @@ impl Service for Fake {
         Err(ManageError::new(9999, "a status that is none"))
     }
 
+    async fn open_pairing(&self, ttl_s: u64) -> Result<PairingReply, ManageError> {
+        Ok(PairingReply { code: "42-ABCDEF".into(), expires_unix_s: ttl_s, at: vec![], mdns: false })
+    }
+
+    async fn pair(&self, _: String, _: Option<SocketAddr>) -> Result<ClusterStatus, ManageError> {
+        Err(ManageError::new(403, "the code is wrong; try again"))
+    }
+
+    async fn nearby(&self) -> Result<Vec<NearbyNode>, ManageError> {
+        Ok(vec![])
+    }
+
+    async fn keys(&self) -> Result<Vec<KeyInfo>, ManageError> {
+        Ok(self.keys.lock().unwrap().1.entries().map(KeyInfo::from).collect())
+    }
+
+    async fn add_key(&self, name: String, scope: KeyScope) -> Result<NewKey, ManageError> {
+        let (number, keys) = &mut *self.keys.lock().unwrap();
+        *number += 1;
+        let (key, entry) =
+            keys.add(&name, scope, &[*number; 32], 1).map_err(|e| ManageError::new(409, e.to_string()))?;
+        Ok(NewKey { key, info: KeyInfo::from(&entry) })
+    }
+
+    async fn revoke_key(&self, name: String) -> Result<usize, ManageError> {
+        self.keys.lock().unwrap().1.revoke(&name, 2).map_err(|e| ManageError::new(404, e.to_string()))
+    }
+
+    fn check_key(&self, shown: &str) -> Option<(String, KeyScope)> {
+        self.keys.lock().unwrap().1.check(shown).map(|e| (e.name.clone(), e.scope))
+    }
+
     async fn leave(&self) -> Result<(), ManageError> {
         Ok(())
     }
@@ -175,14 +214,19 @@ pub struct Server {
 }
 
 impl Server {
-    /// Serves on a free port of loopback.
+    /// Serves this machine's door on a free port of loopback.
     pub async fn start() -> Self {
+        Self::open(Reach::Local, ApiOptions::new(TOKEN)).await
+    }
+
+    /// Serves a door on a free port of loopback.
+    pub async fn open(reach: Reach, options: ApiOptions) -> Self {
         let fake = Arc::new(Fake::default());
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let addr = listener.local_addr().unwrap();
         let (stop, stopped) = oneshot::channel::<()>();
-        let routes = router(fake.clone(), ApiOptions::new(TOKEN, addr.ip()));
-        let task = tokio::spawn(serve(listener, routes, async move {
+        let routes = router(fake.clone(), options);
+        let task = tokio::spawn(serve(DoorListener::new(listener, reach), routes, async move {
             let _ = stopped.await;
         }));
         Self { fake, base: format!("http://{addr}"), stop: Some(stop), task: Some(task) }

@@ -9,17 +9,20 @@ use serde_json::json;
 
 use crate::cli::NodeFlags;
 use crate::client::Client;
-use crate::commands::lifecycle;
+use crate::commands::{lifecycle, pair};
 use crate::config::Config;
 use crate::view::{self, Table};
 
 /// Shown by `capstan join --help`.
 pub const JOIN_EXAMPLES: &str = "\
-`capstan up` on the first machine prints the whole line to run.
+`capstan up` on the first machine prints the whole line to run; `capstan pair` and `capstan ticket` print others.
 
 Examples:
-  capstan join TICKET
-  capstan join TICKET --name beta --memory-limit 96GiB";
+  capstan join                              finds machines that show a pairing code, and asks for it
+  capstan join 42-K7QM2X
+  capstan join 42-K7QM2X --at 192.168.1.5   where multicast DNS does not get through
+  capstan join TICKET --name beta --memory-limit 96GiB
+  capstan join - < ticket.txt               keeps it out of the list of processes";
 
 /// Shown by `capstan status --help`.
 pub const STATUS_EXAMPLES: &str = "\
@@ -48,8 +51,13 @@ const TTL_MAX_S: u64 = 30 * 86_400;
 /// Arguments of `capstan join`.
 #[derive(Args, Debug)]
 pub struct JoinArgs {
-    /// The ticket that `capstan up` or `capstan ticket` printed on a member
-    pub ticket: String,
+    /// The code or ticket that `capstan up`, `capstan pair` or `capstan ticket` printed on a member; `-` reads it from
+    /// standard input, and none asks for the code
+    #[arg(value_name = "CODE|TICKET")]
+    pub word: Option<String>,
+    /// With a code: the machine that showed it, where it is not found by itself
+    #[arg(long, value_name = "HOST[:PORT]")]
+    pub at: Option<String>,
     /// Settings of the daemon.
     #[command(flatten)]
     pub node: NodeFlags,
@@ -68,23 +76,37 @@ pub struct TicketArgs {
 
 /// Joins a cluster, starting the daemon if it is not running.
 pub async fn join(config: &Config, args: &JoinArgs, json: bool) -> Result<ExitCode> {
-    // Copied from a terminal, a ticket may come with line breaks in it.
-    let ticket: String = args.ticket.split_whitespace().collect();
-    if ticket.is_empty() {
-        bail!("the ticket is empty; run the line that `capstan up` or `capstan ticket` printed on a member");
-    }
-    // A mistyped ticket starts no daemon. Whether it has expired is for the clock of its cluster to say.
-    ticket.parse::<Ticket>()?;
-    let (client, started) = lifecycle::ensure_up(config).await?;
-    let status = match client.join(&ticket).await {
-        Ok(status) => status,
-        Err(error) => {
-            if started && let Err(error) = client.stop(true).await {
-                eprintln!("the daemon that was started for this could not be stopped again: {error}");
+    let mut up = Up { config, client: None, started: false };
+    let joined = async {
+        let word = pair::word(args.word.as_deref(), async || up.client().await, args.at.is_some()).await?;
+        // A mistyped word starts no daemon. Whether it has expired is for the clock of its cluster to say.
+        if pair::is_code(&word)? {
+            let at = match &args.at {
+                Some(at) => Some(pair::resolve(at).await?),
+                None => None,
+            };
+            pair::join(&up.client().await?, &word, at).await
+        } else {
+            if args.at.is_some() {
+                bail!("a ticket says itself where to go; --at is for pairing codes");
             }
-            return Err(error.into());
+            word.parse::<Ticket>()?;
+            Ok(up.client().await?.join(&word).await?)
         }
     };
+    let joined = joined.await;
+    let status = match joined {
+        Ok(status) => status,
+        Err(error) => {
+            if let (true, Some(client)) = (up.started, &up.client)
+                && let Err(error) = client.stop(true).await
+            {
+                eprintln!("the daemon that was started for this could not be stopped again: {error}");
+            }
+            return Err(error);
+        }
+    };
+    let client = up.client().await?;
     if json {
         view::print_json(&status)?;
         return Ok(ExitCode::SUCCESS);
@@ -94,6 +116,24 @@ pub async fn join(config: &Config, args: &JoinArgs, json: bool) -> Result<ExitCo
     view::print_line(format!("joined cluster {cluster} as {name}; API {}\n", client.openai_url()))?;
     view::print_line(describe(&status))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// This machine's daemon, started when it is first needed.
+struct Up<'a> {
+    config: &'a Config,
+    client: Option<Client>,
+    started: bool,
+}
+
+impl Up<'_> {
+    async fn client(&mut self) -> Result<Client> {
+        if let Some(client) = &self.client {
+            return Ok(client.clone());
+        }
+        let (client, started) = lifecycle::ensure_up(self.config).await?;
+        (self.client, self.started) = (Some(client.clone()), started);
+        Ok(client)
+    }
 }
 
 /// Shows the cluster as this node sees it.
@@ -122,7 +162,8 @@ pub async fn ticket(config: &Config, args: &TicketArgs, json: bool) -> Result<Ex
     if json {
         view::print_json(&reply)?
     } else {
-        lifecycle::print_join_line(&reply, args.ttl)?
+        let who = if reply.reusable { "On the other machines, run" } else { "On the other machine, run" };
+        lifecycle::print_join_line(who, &reply, args.ttl)?
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -240,7 +281,8 @@ pub fn health(health: Health) -> &'static str {
     }
 }
 
-fn parse_ttl(text: &str) -> Result<u64, String> {
+/// A span of time in seconds, at most 30 days.
+pub fn parse_ttl(text: &str) -> Result<u64, String> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let unit = match &text[digits.len()..] {
         "" | "s" => 1,

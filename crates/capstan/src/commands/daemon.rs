@@ -4,9 +4,11 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail};
+use capstan_api::door::{DoorListener, Reach};
 use capstan_node::{Node, NodeConfig, Service};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
+use tokio_util::sync::CancellationToken;
 
 use crate::config::{Config, Source};
 use crate::daemon_file::{DaemonFile, Lock};
@@ -25,24 +27,29 @@ pub async fn run(config: &Config, ready: Option<oneshot::Sender<()>>) -> Result<
     };
 
     // The cheap thing that fails most often comes first.
-    let listener = bind_api(config.api_addr.value).await?;
-    let api = dialled(listener.local_addr()?);
+    let (doors, api, listen) = open_doors(config).await?;
     let node = Node::start(node_config(config)?).await?;
     let token = hex::encode(rand::random::<[u8; TOKEN_BYTES]>());
-    let options = capstan_api::ApiOptions::new(token.clone(), config.api_addr.value.ip());
+    let mut options = capstan_api::ApiOptions::new(&token);
+    options.no_auth = config.no_auth.value;
     let service: Arc<dyn Service> = node.clone();
     let router = capstan_api::router(service, options);
 
-    let (finish, finished) = oneshot::channel::<()>();
-    let mut serving = tokio::spawn(capstan_api::serve(listener, router, async {
-        // Either way of ending, by message or by a dropped sender, means the same.
-        finished.await.ok();
-    }));
-    let file = DaemonFile { pid: std::process::id(), api, token, version: env!("CARGO_PKG_VERSION").into() };
+    let finish = CancellationToken::new();
+    let serve = |door| capstan_api::serve(door, router.clone(), finish.clone().cancelled_owned());
+    let mut serving = tokio::spawn(futures::future::try_join_all(doors.into_iter().map(serve).collect::<Vec<_>>()));
+    let version = env!("CARGO_PKG_VERSION").into();
+    let file = DaemonFile { pid: std::process::id(), api, listen, token, version };
     file.write(data_dir).with_context(|| format!("{} cannot be written to", data_dir.display()))?;
     tracing::info!(name = node.name(), %api, pid = file.pid, "the daemon is up");
-    if !config.api_addr.value.ip().is_loopback() {
-        tracing::warn!("the API listens on {}: whoever reaches it may use the models", config.api_addr.value);
+    if let Some(listen) = listen {
+        // The keys travel in the clear over HTTP: a proxy in front adds TLS.
+        match config.no_auth.value {
+            true => {
+                tracing::warn!("the API listens on {listen} and asks for no key: whoever reaches it may use the models")
+            }
+            false => tracing::info!("the API listens on {listen} and demands an API key (`capstan key add NAME`)"),
+        }
     }
     if let Some(ready) = ready {
         ready.send(()).ok();
@@ -67,7 +74,7 @@ pub async fn run(config: &Config, ready: Option<oneshot::Sender<()>>) -> Result<
             Err(why.context("the API ended unexpectedly"))
         }
     };
-    drop(finish);
+    finish.cancel();
     let outcome = match outcome {
         // Answers in flight get a bounded grace; then their connections are closed.
         Ok(()) => flatten(serving.await).context("the API did not end in order"),
@@ -80,8 +87,9 @@ pub async fn run(config: &Config, ready: Option<oneshot::Sender<()>>) -> Result<
     outcome.map(|()| ExitCode::SUCCESS)
 }
 
-fn flatten(served: Result<std::io::Result<()>, tokio::task::JoinError>) -> Result<()> {
-    Ok(served??)
+fn flatten(served: Result<std::io::Result<Vec<()>>, tokio::task::JoinError>) -> Result<()> {
+    served??;
+    Ok(())
 }
 
 fn node_config(config: &Config) -> Result<NodeConfig> {
@@ -97,13 +105,37 @@ fn node_config(config: &Config) -> Result<NodeConfig> {
         memory_limit_bytes: config.memory_limit.value.0,
         gpu_layers: config.gpu_layers.value,
         measure: config.measure.value.is_on(),
+        mdns: !config.no_mdns.value,
         ..NodeConfig::new(config.data_dir.value.clone(), command.to_vec())
     })
 }
 
-async fn bind_api(addr: SocketAddr) -> Result<TcpListener> {
-    let other = "choose another with --api-addr IP:PORT, CAPSTAN_API_ADDR or api_addr in the config file \
-                 (port 0 lets the system choose)";
+/// Opens this machine's door and, with `--listen`, the network's. Says where a command finds the first, and where the
+/// second is.
+async fn open_doors(config: &Config) -> Result<(Vec<DoorListener>, SocketAddr, Option<SocketAddr>)> {
+    let (own, listen) = (config.api_addr.value, config.listen.value.0);
+    // Every address at the same port is this machine's, too: then one socket is both doors.
+    if let Some(all) = listen.filter(|l| l.ip().is_unspecified() && l.port() == own.port() && l.port() != 0) {
+        let both = bind_api(all, "listen").await?;
+        let api = dialled(both.local_addr()?);
+        return Ok((vec![DoorListener::new(both, Reach::Shared)], api, Some(all)));
+    }
+    let local = bind_api(own, "api_addr").await?;
+    let api = local.local_addr()?;
+    let mut doors = vec![DoorListener::new(local, Reach::Local)];
+    let Some(addr) = listen else { return Ok((doors, api, None)) };
+    let network = bind_api(addr, "listen").await?;
+    let bound = network.local_addr()?;
+    doors.push(DoorListener::new(network, Reach::Network));
+    Ok((doors, api, Some(bound)))
+}
+
+async fn bind_api(addr: SocketAddr, key: &str) -> Result<TcpListener> {
+    let (flag, variable) = (key.replace('_', "-"), key.to_uppercase());
+    let other = format!(
+        "choose another with --{flag} IP:PORT, CAPSTAN_{variable} or {key} in the config file (port 0 lets the system \
+         choose)"
+    );
     TcpListener::bind(addr).await.map_err(|e| match e.kind() {
         std::io::ErrorKind::AddrInUse => {
             anyhow!("port {} on {} is taken by another program; {other}", addr.port(), addr.ip())

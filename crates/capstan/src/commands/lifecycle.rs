@@ -1,6 +1,6 @@
 //! `capstan up` and `capstan stop`: the daemon's process, from outside.
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{IsTerminal, Read, Seek, SeekFrom};
 use std::path::Path;
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::Duration;
@@ -13,7 +13,7 @@ use tokio::time::{Instant, sleep};
 
 use crate::cli::NodeFlags;
 use crate::client::{Client, ClientError};
-use crate::commands::daemon;
+use crate::commands::{daemon, pair};
 use crate::config::{Config, Source};
 use crate::daemon_file::{Lock, log_path};
 use crate::view;
@@ -25,7 +25,7 @@ The daemon goes on in the background; `capstan stop` ends it. The printed `capst
 Examples:
   capstan up
   capstan up --name alpha --memory-limit 96GiB
-  capstan up --api-addr 0.0.0.0:8420      let other machines use the API (there is no password)
+  capstan up --listen 0.0.0.0             let other machines use the API, with keys (`capstan key add NAME`)
   capstan up --foreground                 for systemd and containers; Ctrl-C or SIGTERM stops it";
 
 /// Shown by `capstan stop --help`.
@@ -79,7 +79,7 @@ pub async fn up(config: &Config, args: &UpArgs, json: bool) -> Result<ExitCode> 
         return foreground(config, json).await;
     }
     let (client, started) = ensure_up(config).await?;
-    announce(&client, config, started, json).await?;
+    announce(&client, config, started, json, true).await?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -153,13 +153,13 @@ async fn foreground(config: &Config, json: bool) -> Result<ExitCode> {
     if let Ok(client) = Client::find(data_dir)
         && client.healthy().await
     {
-        announce(&client, config, false, json).await?;
+        announce(&client, config, false, json, interactive(json)).await?;
         bail!("the daemon is running in the background already; `capstan stop` ends it");
     }
     let (ready, is_ready) = tokio::sync::oneshot::channel();
     let announced = async {
         if is_ready.await.is_ok() {
-            announce(&Client::find(data_dir)?, config, true, json).await?;
+            announce(&Client::find(data_dir)?, config, true, json, interactive(json)).await?;
         }
         anyhow::Ok(())
     };
@@ -170,40 +170,63 @@ async fn foreground(config: &Config, json: bool) -> Result<ExitCode> {
     ended
 }
 
-async fn announce(client: &Client, config: &Config, started: bool, json: bool) -> Result<()> {
+/// Whether somebody reads what a daemon in the foreground prints. A service manager writes it into a log, where no
+/// code and no ticket belongs.
+fn interactive(json: bool) -> bool {
+    json || std::io::stdout().is_terminal()
+}
+
+/// Says that the daemon is up, and, to whoever may know (`secrets`), how other machines join.
+async fn announce(client: &Client, config: &Config, started: bool, json: bool, secrets: bool) -> Result<()> {
     let status = client.status().await?;
     let name = status.nodes.iter().find(|n| n.is_self).map_or(config.name.value.clone(), |n| n.name.clone());
+    if !secrets {
+        return view::print_line(format!(
+            "capstan is up: node {}, API {}\n`capstan pair` and `capstan ticket` let other machines join",
+            view::plain(&name),
+            client.openai_url()
+        ));
+    }
     let ticket = client.ticket(UP_TICKET_TTL_S, true).await?;
+    let pairing = client.open_pairing(pair::TTL_S).await?;
     if json {
         return view::print_json(&json!({
             "name": name,
             "pid": client.daemon().pid,
             "api": client.openai_url(),
+            "listen": client.daemon().listen,
             "data_dir": config.data_dir.value,
             "already_running": !started,
             "ticket": ticket.ticket,
             "ticket_expires_unix_s": ticket.expires_unix_s,
             "join": format!("capstan join {}", ticket.ticket),
+            "pairing": pairing,
         }));
     }
     let what = if started { "capstan is up" } else { "capstan is up already" };
     view::print_line(format!("{what}: node {}, API {}", view::plain(&name), client.openai_url()))?;
     if !started {
         let daemon_settings = [&config.name.source, &config.api_addr.source, &config.bind_addr.source];
+        let doors = [&config.listen.source, &config.no_auth.source, &config.no_mdns.source];
         let others = [&config.threads.source, &config.memory_limit.source, &config.gpu_layers.source];
-        if daemon_settings.iter().chain(&others).any(|s| matches!(s, Source::Flag(_))) {
+        if daemon_settings.iter().chain(&doors).chain(&others).any(|s| matches!(s, Source::Flag(_))) {
             eprintln!(
                 "note: the running daemon keeps its settings; `capstan stop` and `capstan up` start it with new ones"
             );
         }
         view::print_line(format!("\n{}", super::cluster::describe(&status)))?;
     }
-    print_join_line(&ticket, UP_TICKET_TTL_S)
+    if let Some(listen) = client.daemon().listen {
+        let open = started && config.no_auth.value;
+        let who = if open { "for everybody" } else { "with a key (`capstan key add NAME`)" };
+        view::print_line(format!("API for other machines: http://{listen}/v1, {who}"))?;
+    }
+    view::print_line(pair::describe(&pairing, pair::TTL_S))?;
+    print_join_line("Or, from anywhere, by ticket", &ticket, UP_TICKET_TTL_S)
 }
 
-/// Prints the line that other machines run, and how long it is good.
-pub fn print_join_line(ticket: &TicketReply, ttl_s: u64) -> Result<()> {
-    let who = if ticket.reusable { "On the other machines, run" } else { "On the other machine, run" };
+/// Prints the line that other machines (`who`) run, and how long it is good.
+pub fn print_join_line(who: &str, ticket: &TicketReply, ttl_s: u64) -> Result<()> {
     let uses = if ticket.reusable { "on any number of machines" } else { "once" };
     let valid = view::seconds(ttl_s);
     view::print_line(format!(
@@ -272,7 +295,10 @@ fn spawn(config: &Config, log: File) -> Result<Child> {
     let node_keys = [
         "name",
         "api_addr",
+        "listen",
+        "no_auth",
         "bind_addr",
+        "no_mdns",
         "threads",
         "memory_limit",
         "gpu_layers",

@@ -11,8 +11,10 @@ pub mod cluster;
 pub mod compute;
 pub mod daemon;
 pub mod doctor;
+pub mod key;
 pub mod lifecycle;
 pub mod models;
+pub mod pair;
 pub mod plan;
 pub mod rehearse;
 pub mod run;
@@ -57,6 +59,8 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
             Command::Daemon(_) => daemon::run(&config, None).await,
             Command::Join(args) => cluster::join(&config, &args, json).await,
             Command::Status => cluster::status(&config, json).await,
+            Command::Pair(args) => pair::pair(&config, &args, json).await,
+            Command::Key(args) => key::run(&config, &args, json).await,
             Command::Ticket(args) => cluster::ticket(&config, &args, json).await,
             Command::Leave => cluster::leave(&config, json).await,
             Command::Load(args) => models::load(&config, &args, json).await,
