@@ -13,7 +13,7 @@ use std::time::UNIX_EPOCH;
 use capstan_gguf::Model;
 use capstan_proto::control::ShardRef;
 use capstan_proto::data::Rollback;
-use capstan_proto::{DeploymentId, LayerRange};
+use capstan_proto::{DeploymentId, LayerRange, ModelId};
 use capstan_store::Store;
 use serde::{Deserialize, Serialize};
 use tokio::sync::Semaphore;
@@ -39,6 +39,10 @@ pub(crate) struct OpenModel {
     pub(crate) hash: String,
     /// The hash and when the files were changed last: what the memory of shards goes by.
     key: String,
+    /// Which model of the catalogue it is.
+    pub(crate) pulled: Option<ModelId>,
+    /// Only its header is here; shards are put together from parts instead of being cut.
+    pub(crate) elsewhere: bool,
 }
 
 impl OpenModel {
@@ -57,7 +61,25 @@ impl OpenModel {
             changed.push_str(&format!(":{}", when.map_or(0, |d| d.as_nanos())));
         }
         let hash = hasher.finalize().to_hex().to_string();
-        Ok(Self { model: Arc::new(model), key: format!("{hash}{changed}"), hash })
+        Ok(Self { model: Arc::new(model), key: format!("{hash}{changed}"), hash, pulled: None, elsewhere: false })
+    }
+
+    /// A model of the catalogue whose weights are not here.
+    pub(crate) fn outline(model: Arc<Model>, id: ModelId) -> Self {
+        Self { model, key: id.to_string(), hash: id.to_string(), pulled: Some(id), elsewhere: true }
+    }
+
+    /// The same as a model of the catalogue.
+    pub(crate) fn pulled_as(self, id: ModelId, elsewhere: bool) -> Self {
+        Self { hash: id.to_string(), pulled: Some(id), elsewhere, ..self }
+    }
+
+    /// What it is opened by again, after a restart.
+    pub(crate) fn path(&self) -> Option<PathBuf> {
+        match self.pulled {
+            Some(id) => Some(crate::catalogue::pulled_path(&id.to_string())),
+            None => self.model.files().first().cloned(),
+        }
     }
 
     /// All of its layers; none for a model that has none.

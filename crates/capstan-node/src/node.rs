@@ -10,6 +10,7 @@ use capstan_proto::control::{CLOSE_NOT_A_MEMBER, CONTROL_ALPN, Done, Gossip, JOI
 use capstan_proto::manage::{ClusterStatus, DeploymentStatus, NodeStatus};
 use capstan_proto::{ClusterId, NodeId};
 use capstan_store::Store;
+use capstan_store::remote::Remote;
 use iroh::Endpoint;
 use iroh::endpoint::{Connection, VarInt};
 use iroh::protocol::Router;
@@ -17,6 +18,8 @@ use tokio::sync::Notify;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
+use crate::assembling::Assemblies;
+use crate::catalogue::Models;
 use crate::config::NodeConfig;
 use crate::control_client::{CALL_TIMEOUT, ControlClient};
 use crate::control_server::{ControlProtocol, JoinProtocol};
@@ -29,7 +32,9 @@ use crate::machine::Machine;
 use crate::measuring;
 use crate::membership::Membership;
 use crate::moving;
+use crate::pulling::{self, Pulls};
 use crate::rehearsal::Rehearsals;
+use crate::replicas;
 use crate::stages::StageHost;
 use crate::view::View;
 
@@ -96,6 +101,11 @@ pub(crate) struct Shared {
     pub(crate) stages: StageHost,
     pub(crate) cutter: Cutter,
     pub(crate) rehearsals: Rehearsals,
+    pub(crate) models: Models,
+    pub(crate) assemblies: Assemblies,
+    pub(crate) pulls: Pulls,
+    /// Reads models that are elsewhere; none where the network cannot be used at all.
+    pub(crate) remote: Option<Arc<Remote>>,
     pub(crate) deployments: Deployments,
     /// Something changed that every member should hear of now.
     pub(crate) deployments_changed: Notify,
@@ -310,6 +320,10 @@ impl Node {
             machine: Arc::new(Machine::new(config.memory_limit_bytes, config.gpu_layers)),
             cutter: Cutter::open(&config.data_dir)?,
             rehearsals: Rehearsals::open(&config.data_dir)?,
+            models: Models::open(&config.data_dir)?,
+            assemblies: Assemblies::default(),
+            pulls: Pulls::default(),
+            remote: pulling::remote(&config),
             deployments: Deployments::open(&config.data_dir)?,
             config,
             build,
@@ -327,6 +341,7 @@ impl Node {
             stop: CancellationToken::new(),
             stopped: CancellationToken::new(),
         });
+        replicas::guard(&shared);
         if let Some(profile) = measuring::known(&shared.config.data_dir) {
             shared.machine.set_profile(profile);
         }
@@ -351,6 +366,9 @@ impl Node {
             tokio::spawn(until_stopped(shared.clone(), moving::move_loop(shared.clone())));
         }
         tokio::spawn(until_stopped(shared.clone(), deployments::resume(shared.clone())));
+        tokio::spawn(until_stopped(shared.clone(), replicas::exchange_loop(shared.clone())));
+        tokio::spawn(until_stopped(shared.clone(), replicas::copy_loop(shared.clone())));
+        tokio::spawn(until_stopped(shared.clone(), pulling::resume(shared.clone())));
         Ok(Arc::new(Node { shared, router }))
     }
 

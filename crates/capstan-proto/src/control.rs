@@ -13,6 +13,7 @@ use crate::child::{ChildStats, PeerAddr, StageInfo, StageSpec, Wiring};
 use crate::device::DeviceProfile;
 use crate::generate::{GenerateRequest, RequestError};
 use crate::manage::{DeploymentStatus, NodeStatus};
+use crate::weights::{AssembleOrder, Catalogue, PartRequest};
 use crate::{ClusterId, DeploymentId, Epoch, NodeId, limits};
 
 /// ALPN between members of a cluster.
@@ -372,6 +373,14 @@ pub enum Request {
         /// The deployment.
         deployment: DeploymentId,
     },
+    /// Here is what I know of models and have of their parts; tell me what you know and have. Answered by one
+    /// [`Catalogue`].
+    Catalogue(Box<Catalogue>),
+    /// Put this file together from what others have. Answered by [`AssembleEvent`](crate::weights::AssembleEvent)s;
+    /// resetting the stream ends the work, and what has arrived stays.
+    Assemble(Box<AssembleOrder>),
+    /// Do something with a file of yours. Answered by one [`PartReply`](crate::weights::PartReply).
+    Part(Box<PartRequest>),
 }
 
 /// The answer to a request that asks for nothing back.

@@ -65,6 +65,14 @@ key_type!(
     /// A cluster: random, made once by the first node.
     ClusterId
 );
+key_type!(
+    /// A model's exact version: BLAKE3 over where it comes from, its revision, and its files' names, sizes and hashes.
+    ModelId
+);
+key_type!(
+    /// What a file contains: a hash of all its bytes, BLAKE3 unless it is said otherwise.
+    ContentHash
+);
 
 /// A deployment: a model being served. Unique in the cluster's life; made by the node that loads it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

@@ -14,6 +14,7 @@
 //! | [`device`] | what a machine was measured to take |
 //! | [`generate`] | a request for tokens and the events it brings |
 //! | [`manage`] | load, status, tickets: what the command line and the daemon exchange |
+//! | [`weights`] | models that were pulled: what they are made of, who has which parts, and how parts move |
 #![forbid(unsafe_code)]
 
 pub mod child;
@@ -26,6 +27,7 @@ pub mod ids;
 pub mod layers;
 pub mod limits;
 pub mod manage;
+pub mod weights;
 
-pub use ids::{ClusterId, DeploymentId, Epoch, NodeId, RequestId};
+pub use ids::{ClusterId, ContentHash, DeploymentId, Epoch, ModelId, NodeId, RequestId};
 pub use layers::LayerRange;

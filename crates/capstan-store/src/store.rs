@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::UNIX_EPOCH;
 
+use futures::future::BoxFuture;
 use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -27,7 +28,9 @@ pub struct Store {
     pub(crate) inner: Arc<Inner>,
 }
 
-#[derive(Debug)]
+/// Says whether a shard may be deleted to make room.
+pub(crate) type MayGo = Arc<dyn Fn(Hash) -> BoxFuture<'static, bool> + Send + Sync>;
+
 pub(crate) struct Inner {
     pub layout: Layout,
     /// Tells transfers and long reads to end.
@@ -36,9 +39,19 @@ pub(crate) struct Inner {
     pub tracker: TaskTracker,
     /// Disk space promised to fetches that are under way, in bytes.
     pub reserved_bytes: AtomicU64,
+    /// Most bytes that the store may take; `u64::MAX` is what the disk has.
+    pub limit_bytes: AtomicU64,
+    /// See [`Store::ask_before_deleting`].
+    pub may_go: Mutex<Option<MayGo>>,
     state: Mutex<State>,
     folder_lock: Mutex<Option<File>>,
     temporary_names: AtomicU64,
+}
+
+impl std::fmt::Debug for Inner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Inner").field("layout", &self.layout).finish_non_exhaustive()
+    }
 }
 
 #[derive(Debug)]
@@ -76,6 +89,8 @@ impl Store {
             stop: CancellationToken::new(),
             tracker: TaskTracker::new(),
             reserved_bytes: AtomicU64::new(0),
+            limit_bytes: AtomicU64::new(u64::MAX),
+            may_go: Mutex::default(),
             state: Mutex::new(state),
             folder_lock: Mutex::new(Some(folder_lock)),
             temporary_names: AtomicU64::new(0),
@@ -194,7 +209,14 @@ impl Store {
     pub(crate) fn remove_files(&self, hash: &Hash) -> Result<bool, StoreError> {
         let layout = &self.inner.layout;
         let mut had = false;
-        for path in [layout.shard(hash), layout.partial(hash), layout.partial_tree(hash)] {
+        let files = [
+            layout.shard(hash),
+            layout.partial(hash),
+            layout.partial_tree(hash),
+            layout.assembly(hash),
+            layout.assembly_done(hash),
+        ];
+        for path in files {
             had |= remove_if_there(&path).map_err(|e| StoreError::io("remove", &path, e, 1))?;
         }
         self.drop_tree_if_unused(hash)?;
@@ -374,7 +396,7 @@ impl Store {
     }
 
     /// Long blocking work with progress, which ends when the caller goes away or the store shuts down.
-    async fn work<T: Send + 'static>(
+    pub(crate) async fn work<T: Send + 'static>(
         &self,
         total: u64,
         progress: &mut (impl FnMut(u64, u64) + Send),
@@ -401,6 +423,6 @@ impl Drop for Temporary {
 }
 
 /// The data behind these locks is replaced whole, so a panic elsewhere cannot leave it half-changed.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

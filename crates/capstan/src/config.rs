@@ -24,13 +24,14 @@ const CONFIG_BYTES_MAX: u64 = 1 << 20;
 const SIMILARITY_MIN: f64 = 0.7;
 
 /// The settings, by the name they have in the config file. Flag and variable follow from it.
-pub const KEYS: [&str; 15] = [
+pub const KEYS: [&str; 16] = [
     "data_dir",
     "name",
     "api_addr",
     "bind_addr",
     "threads",
     "memory_limit",
+    "disk_limit",
     "gpu_layers",
     "measure",
     "ctx",
@@ -211,6 +212,8 @@ pub struct Config {
     pub threads: Setting<Auto<u32>>,
     /// Bytes that stages may take.
     pub memory_limit: Setting<Auto<u64>>,
+    /// Bytes that models and shards may take on the disk.
+    pub disk_limit: Setting<Auto<u64>>,
     /// Layers of a stage on a GPU; negative is all.
     pub gpu_layers: Setting<i32>,
     /// Whether the daemon measures its machine and links.
@@ -281,6 +284,7 @@ impl Config {
                 .pick("bind_addr", node.bind_addr, parse::socket_addr, || Ok((unspecified, BIND_PORT).into()))?,
             threads: from.pick("threads", node.threads, parse::auto_count, || Ok(Auto(None)))?,
             memory_limit: from.pick("memory_limit", node.memory_limit, parse::auto_size, || Ok(Auto(None)))?,
+            disk_limit: from.pick("disk_limit", node.disk_limit, parse::auto_size, || Ok(Auto(None)))?,
             gpu_layers: from.pick("gpu_layers", node.gpu_layers, parse::integer, || Ok(-1))?,
             measure: from.pick("measure", node.measure, parse::auto_off, || Ok(Switch::Auto))?,
             ctx: from.pick("ctx", model.ctx, parse::auto_count, || Ok(Auto(None)))?,
@@ -313,6 +317,7 @@ impl Config {
             show("bind_addr", &self.bind_addr, self.bind_addr.value),
             show("threads", &self.threads, self.threads.value.0),
             show("memory_limit", &self.memory_limit, self.memory_limit.value.0),
+            show("disk_limit", &self.disk_limit, self.disk_limit.value.0),
             show("gpu_layers", &self.gpu_layers, self.gpu_layers.value),
             show("measure", &self.measure, self.measure.value.word()),
             show("ctx", &self.ctx, self.ctx.value.0),

@@ -9,3 +9,4 @@ mod pipeline;
 mod prefix;
 mod rehearse;
 mod speculation;
+mod weights;
