@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 use capstan_gguf::Model;
 use capstan_gguf::beginnings::{self, Beginning, Known};
 use capstan_proto::control::clip;
-use capstan_proto::weights::{Catalogue, Holdings, ModelRecord, PARTS_MAX, Part, PartKind, Piece, Provider, RECORDS_MAX, Span};
+use capstan_proto::weights::{
+    Catalogue, Holdings, ModelRecord, PARTS_MAX, Part, PartKind, Piece, Provider, RECORDS_MAX, Span,
+};
 use capstan_proto::{ContentHash, LayerRange, ModelId, NodeId};
 use iroh::EndpointAddr;
 use tokio::sync::Notify;
@@ -111,7 +113,8 @@ impl Models {
     /// Takes a record in; says whether it is new or changed.
     pub(crate) fn put(&self, record: ModelRecord) -> bool {
         let mut state = self.state();
-        let before: Vec<_> = state.records.get(&record.id).iter().flat_map(|r| r.parts.iter().map(|p| p.hash)).collect();
+        let before: Vec<_> =
+            state.records.get(&record.id).iter().flat_map(|r| r.parts.iter().map(|p| p.hash)).collect();
         let (id, removed, full) = (record.id, record.removed, state.records.len() >= RECORDS_MAX);
         let changed = match state.records.get_mut(&record.id) {
             Some(known) => known.merge(&record),
@@ -314,9 +317,10 @@ impl Shared {
         };
         let Some(name) = pulled_name(&path) else { return open(path).await };
         let record = self.models.find(name).ok_or_else(|| self.unknown(name))?;
+        let files = record.parts.iter().filter(|p| matches!(p.kind, PartKind::File(_)));
+        let holds = files.map(|p| self.store.hold(&p.hash.0)).collect();
         if let Some(first) = self.whole_files(&record)? {
-            let model = open(first).await?;
-            return Ok(model.pulled_as(record.id, false));
+            return Ok(open(first).await?.pulled_as(record.id, holds));
         }
         let model = self.outline(&record).await?;
         Ok(OpenModel::outline(Arc::new(model), record.id))
@@ -456,7 +460,11 @@ fn from_head(record: &ModelRecord, path: &Path, spans: &[Span]) -> Result<Model,
 }
 
 /// The layers of a model that nodes have, as sets of nodes.
-pub(crate) fn copies(record: &ModelRecord, has: impl Fn(NodeId, ContentHash) -> bool, nodes: &[NodeId]) -> Vec<Vec<NodeId>> {
+pub(crate) fn copies(
+    record: &ModelRecord,
+    has: impl Fn(NodeId, ContentHash) -> bool,
+    nodes: &[NodeId],
+) -> Vec<Vec<NodeId>> {
     let mut layers: Vec<HashSet<NodeId>> = vec![HashSet::new(); record.layers as usize];
     for node in nodes {
         let mine: Vec<&Part> = record.parts.iter().filter(|p| has(*node, p.hash)).collect();

@@ -14,7 +14,7 @@ use capstan_gguf::Model;
 use capstan_proto::control::ShardRef;
 use capstan_proto::data::Rollback;
 use capstan_proto::{DeploymentId, LayerRange, ModelId};
-use capstan_store::Store;
+use capstan_store::{Hold, Store};
 use serde::{Deserialize, Serialize};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
@@ -43,6 +43,8 @@ pub(crate) struct OpenModel {
     pub(crate) pulled: Option<ModelId>,
     /// Only its header is here; shards are put together from parts instead of being cut.
     pub(crate) elsewhere: bool,
+    /// Keeps its files in the store for as long as somebody has it open.
+    _holds: Arc<Vec<Hold>>,
 }
 
 impl OpenModel {
@@ -61,17 +63,19 @@ impl OpenModel {
             changed.push_str(&format!(":{}", when.map_or(0, |d| d.as_nanos())));
         }
         let hash = hasher.finalize().to_hex().to_string();
-        Ok(Self { model: Arc::new(model), key: format!("{hash}{changed}"), hash, pulled: None, elsewhere: false })
+        let key = format!("{hash}{changed}");
+        Ok(Self { model: Arc::new(model), key, hash, pulled: None, elsewhere: false, _holds: Arc::default() })
     }
 
     /// A model of the catalogue whose weights are not here.
     pub(crate) fn outline(model: Arc<Model>, id: ModelId) -> Self {
-        Self { model, key: id.to_string(), hash: id.to_string(), pulled: Some(id), elsewhere: true }
+        let (key, hash) = (id.to_string(), id.to_string());
+        Self { model, key, hash, pulled: Some(id), elsewhere: true, _holds: Arc::default() }
     }
 
-    /// The same as a model of the catalogue.
-    pub(crate) fn pulled_as(self, id: ModelId, elsewhere: bool) -> Self {
-        Self { hash: id.to_string(), pulled: Some(id), elsewhere, ..self }
+    /// The same as a model of the catalogue whose files are here.
+    pub(crate) fn pulled_as(self, id: ModelId, holds: Vec<Hold>) -> Self {
+        Self { hash: id.to_string(), pulled: Some(id), _holds: Arc::new(holds), ..self }
     }
 
     /// What it is opened by again, after a restart.

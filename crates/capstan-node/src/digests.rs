@@ -97,7 +97,10 @@ mod tests {
         let place = |pieces: &[(u64, u64, u64)]| Place {
             node: NodeId([0; 32]),
             file: StoredFile::Part(ContentHash([0; 32])),
-            pieces: pieces.iter().map(|(from, to, bytes)| Piece { file: 0, from: *from, to: *to, bytes: *bytes }).collect(),
+            pieces: pieces
+                .iter()
+                .map(|(from, to, bytes)| Piece { file: 0, from: *from, to: *to, bytes: *bytes })
+                .collect(),
         };
         let places = [place(&[(0, 0, 15), (40, 15, 20)]), place(&[(10, 100, 30), (60, 7, 40)])];
         let got: Vec<_> = steps(0, 100, &places).unwrap().iter().map(|s| (s.place, s.at, s.bytes)).collect();

@@ -109,7 +109,8 @@ pub(crate) fn shared_and_rest(
     }
     let (mut shared, mut rest) = (Vec::new(), Vec::new());
     for (i, (file, held)) in record.files.iter().zip(&held).enumerate() {
-        let of_head: Vec<_> = head.iter().filter(|s| usize::from(s.file) == i).map(|s| (s.from, s.from + s.bytes)).collect();
+        let of_head: Vec<_> =
+            head.iter().filter(|s| usize::from(s.file) == i).map(|s| (s.from, s.from + s.bytes)).collect();
         let outside_head = |span: Span| {
             let inside = stretches(span.file, file.bytes, &of_head).into_iter().filter(|s| s.shards == 0);
             let cut = move |s: Stretch| {

@@ -33,8 +33,8 @@ use crate::digests::{self, Place};
 use crate::files;
 use crate::membership::{now_ms, now_s};
 use crate::node::Shared;
-use crate::plan_pull::{file_order, shared_and_rest, spans_order, stage_order};
 use crate::placing;
+use crate::plan_pull::{file_order, shared_and_rest, spans_order, stage_order};
 use crate::throttle::Throttle;
 
 /// Events of a pull that wait for whoever watches; one that reads slower misses progress, never the outcome.
@@ -511,7 +511,8 @@ async fn keep_head(shared: &Shared, spans: Vec<Span>, bytes: &[u8]) -> Result<Pa
 
 fn tempfile_in(dir: &Path, bytes: &[u8]) -> Result<PathBuf, String> {
     let path = dir.join(format!("head-{:016x}.tmp", rand::random::<u64>()));
-    std::fs::write(&path, bytes).map_err(|e| format!("the model's head cannot be written to {}: {e}", dir.display()))?;
+    std::fs::write(&path, bytes)
+        .map_err(|e| format!("the model's head cannot be written to {}: {e}", dir.display()))?;
     Ok(path)
 }
 
@@ -533,8 +534,7 @@ async fn place(
     shared.poll_all().await;
     let train = model.model.profile().context_train;
     let ctx = if train == 0 { CTX } else { train.min(CTX) };
-    let options =
-        PlanOptions { ctx, slots: SLOTS, spares_per_stage: 0, draft_bytes: 0, ubatch: UBATCH, nodes, layers };
+    let options = PlanOptions { ctx, slots: SLOTS, spares_per_stage: 0, draft_bytes: 0, ubatch: UBATCH, nodes, layers };
     let placed = match placing::place(shared, model, options.clone(), false).await {
         Err(error) if error.status == 409 => placing::place_idle(shared, model, options).await,
         other => other,
@@ -568,7 +568,8 @@ async fn fetch(shared: &Arc<Shared>, pending: &Pending, events: &Events<'_>) -> 
         .map(|(job, id)| Place { node: job.node, file: StoredFile::Assembly(*id), pieces: job.order.pieces.clone() })
         .collect();
     for part in &record.parts {
-        let node = if shared.has_part(part.hash) { Some(shared.id) } else { shared.holders(part.hash).first().copied() };
+        let node =
+            if shared.has_part(part.hash) { Some(shared.id) } else { shared.holders(part.hash).first().copied() };
         let Some(node) = node else { continue };
         places.push(Place { node, file: StoredFile::Part(part.hash), pieces: pieces_of(&record, &model, part) });
     }
@@ -624,7 +625,11 @@ fn jobs(shared: &Shared, pending: &Pending, model: &Model) -> Result<Vec<Job>, S
         }
         if pending.stages.len() == 1 && *node == shared.id {
             for i in 0..record.files.len() as u16 {
-                jobs.push(Job { node: *node, kind: PartKind::File(i), order: file_order(record, i, providers.clone()) });
+                jobs.push(Job {
+                    node: *node,
+                    kind: PartKind::File(i),
+                    order: file_order(record, i, providers.clone()),
+                });
             }
             continue;
         }

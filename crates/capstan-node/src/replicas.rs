@@ -2,6 +2,7 @@
 //!
 //! No node decides for others. Each hears what all have, works out by the same rule who should copy what, and does its own
 //! share; two that see different news may make one copy too many, which makes way when space is short.
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,8 +19,6 @@ use crate::pulling::tell_all;
 const EXCHANGE_INTERVAL: Duration = Duration::from_secs(10);
 /// How often a node looks for copies that it should make.
 const COPY_INTERVAL: Duration = Duration::from_secs(5);
-/// Pause after a copy that failed.
-const COPY_PAUSE: Duration = Duration::from_secs(10);
 /// Hash trees take so small a share of what they are for: one part in two hundred is enough.
 const TREE_SHARE: u64 = 200;
 
@@ -91,14 +90,16 @@ pub(crate) async fn drop_removed(shared: &Shared) {
 pub(crate) async fn copy_loop(shared: Arc<Shared>) {
     loop {
         sleep(COPY_INTERVAL).await;
-        while let Some(part) = next_copy(&shared) {
+        // One that fails is tried again in the next round, after the others.
+        let mut failed = HashSet::new();
+        while let Some(part) = next_copy(&shared, &failed) {
             let from = shared.dial_addrs(&shared.holders(part.hash));
             tracing::info!(part = %part.hash.short(), bytes = part.bytes, sources = from.len(), "copying, so that no layer has too few copies");
             match shared.store.fetch_from(&shared.endpoint, from, part.hash.0, part.bytes, |_, _| {}).await {
                 Ok(_) => shared.models.changed.notify_one(),
                 Err(error) => {
                     tracing::warn!(%error, "a copy could not be made; it is tried again later");
-                    sleep(COPY_PAUSE).await;
+                    failed.insert(part.hash);
                 }
             }
         }
@@ -113,7 +114,7 @@ struct Shelf {
 }
 
 /// A part that this node is to copy now.
-fn next_copy(shared: &Shared) -> Option<Part> {
+fn next_copy(shared: &Shared, failed: &HashSet<ContentHash>) -> Option<Part> {
     let mine = shared.holdings();
     let mut shelves = vec![Shelf { id: shared.id, online: true, free_bytes: mine.free_bytes }];
     for member in shared.membership.others() {
@@ -126,15 +127,12 @@ fn next_copy(shared: &Shared) -> Option<Part> {
         false => shared.models.holdings_of(node).is_some_and(|h| h.parts.binary_search(&hash).is_ok()),
     };
     let records = shared.models.list();
-    records.iter().flat_map(|r| wanted(r, &shelves, &has)).find(|(node, _)| *node == shared.id).map(|(_, part)| part)
+    let mut ours = records.iter().flat_map(|r| wanted(r, &shelves, &has)).filter(|(node, _)| *node == shared.id);
+    ours.find(|(_, part)| !failed.contains(&part.hash)).map(|(_, part)| part)
 }
 
 /// Which node should copy which part of a model now.
-fn wanted(
-    record: &ModelRecord,
-    shelves: &[Shelf],
-    has: &impl Fn(NodeId, ContentHash) -> bool,
-) -> Vec<(NodeId, Part)> {
+fn wanted(record: &ModelRecord, shelves: &[Shelf], has: &impl Fn(NodeId, ContentHash) -> bool) -> Vec<(NodeId, Part)> {
     let nodes: Vec<NodeId> = shelves.iter().map(|s| s.id).collect();
     let layers = copies(record, has, &nodes);
     let mut wanted = Vec::new();
@@ -187,7 +185,13 @@ mod tests {
     }
 
     /// Copies until nobody is to copy any more: who then has which part.
-    fn settle(replicas: u16, parts: Vec<Part>, mut held: BTreeSet<(u8, u8)>, free: &[u64], online: &[bool]) -> BTreeSet<(u8, u8)> {
+    fn settle(
+        replicas: u16,
+        parts: Vec<Part>,
+        mut held: BTreeSet<(u8, u8)>,
+        free: &[u64],
+        online: &[bool],
+    ) -> BTreeSet<(u8, u8)> {
         let record = ModelRecord {
             id: ModelId([1; 32]),
             name: "m".into(),
@@ -204,7 +208,8 @@ mod tests {
         };
         let mut free = free.to_vec();
         for _ in 0..100 {
-            let shelf = |(i, free): (usize, &u64)| Shelf { id: NodeId([i as u8; 32]), online: online[i], free_bytes: *free };
+            let shelf =
+                |(i, free): (usize, &u64)| Shelf { id: NodeId([i as u8; 32]), online: online[i], free_bytes: *free };
             let shelves: Vec<_> = free.iter().enumerate().map(shelf).collect();
             let has = |node: NodeId, hash: ContentHash| held.contains(&(node.0[0], hash.0[0]));
             let Some((node, part)) = wanted(&record, &shelves, &has).into_iter().next() else { return held };

@@ -127,9 +127,8 @@ async fn verify(shared: &Arc<Shared>, record: &ModelRecord) -> Result<ModelOutco
     let mut wrong = Vec::new();
     for part in &record.parts {
         let holders = online.iter().filter(|n| has(shared, **n, part.hash));
-        let checks = holders.map(|node| async {
-            (*node, ask(shared, *node, PartRequest::Verify { part: part.hash }).await)
-        });
+        let checks =
+            holders.map(|node| async { (*node, ask(shared, *node, PartRequest::Verify { part: part.hash }).await) });
         for (node, answer) in futures::future::join_all(checks).await {
             let name = shared.membership.name_of(node);
             match answer {
@@ -175,7 +174,9 @@ async fn states(shared: &Arc<Shared>, record: &ModelRecord, good: &[(NodeId, &Pa
     for (i, file) in record.files.iter().enumerate() {
         let Some(stated) = file.sha256 else { continue };
         match digests::of(shared, i as u16, file.bytes, &places, |_| {}).await {
-            Ok(found) if found == stated.0 => outcome.done.push(format!("{} has the SHA-256 that its source states", file.path)),
+            Ok(found) if found == stated.0 => {
+                outcome.done.push(format!("{} has the SHA-256 that its source states", file.path))
+            }
             Ok(_) => outcome.trouble.push(format!("{} has not the SHA-256 that its source states", file.path)),
             Err(reason) => outcome.trouble.push(format!("{} could not be compared as a whole: {reason}", file.path)),
         }
@@ -258,7 +259,8 @@ async fn export(shared: &Arc<Shared>, record: &ModelRecord, path: &Path) -> Resu
         let found = digests::of(shared, 0, order.bytes, &[place], |_| {}).await.map_err(failed)?;
         if found != stated.0 {
             shared.store.discard(&id.0).await.ok();
-            let message = "what was put together is not the original file; `capstan model verify` finds out what is wrong";
+            let message =
+                "what was put together is not the original file; `capstan model verify` finds out what is wrong";
             return Err(failed(message.into()));
         }
         done.push("it has the SHA-256 that its source states".into());

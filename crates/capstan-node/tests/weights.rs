@@ -47,10 +47,8 @@ async fn cluster(n: usize, hub: &Hub) -> Vec<Member> {
         members.push(member);
     }
     for member in &members {
-        until("all see all", || async {
-            member.node.status().await.nodes.iter().filter(|m| m.online).count() == n
-        })
-        .await;
+        until("all see all", || async { member.node.status().await.nodes.iter().filter(|m| m.online).count() == n })
+            .await;
     }
     members
 }
@@ -197,7 +195,10 @@ async fn a_source_that_fails_breaks_off_and_is_killed_costs_nothing_but_time() {
     }
     let Some(PullEvent::Done { outside_bytes, .. }) = last else { panic!("{last:?}") };
     let head = 1 << 20;
-    assert!(outside_bytes <= content.len() as u64 - head, "{outside_bytes}: a byte that arrived is not asked for again");
+    assert!(
+        outside_bytes <= content.len() as u64 - head,
+        "{outside_bytes}: a byte that arrived is not asked for again"
+    );
     assert!(shards(&members[0]).contains(&cut(members[0].dir.path(), (0, 15))));
     assert!(shards(&members[1]).contains(&cut(members[1].dir.path(), (15, 30))));
 }
@@ -214,7 +215,8 @@ async fn a_daemon_that_ends_in_the_middle_goes_on_with_what_it_has() {
     let noted = || {
         let blobs = std::fs::read_dir(a.dir.path().join("blobs")).unwrap();
         let path = blobs.map(|e| e.unwrap().path()).find(|p| p.extension().is_some_and(|e| e == "assembly-done"));
-        let ranges: Vec<(u64, u64)> = path.and_then(|p| serde_json::from_slice(&std::fs::read(p).ok()?).ok()).unwrap_or_default();
+        let ranges: Vec<(u64, u64)> =
+            path.and_then(|p| serde_json::from_slice(&std::fs::read(p).ok()?).ok()).unwrap_or_default();
         ranges.iter().map(|(from, end)| end - from).sum::<u64>()
     };
     until("most of it is noted", || async { noted() > content.len() as u64 * 2 / 5 }).await;
@@ -247,7 +249,8 @@ async fn a_flipped_bit_is_noticed_and_nothing_of_it_stays() {
     for member in &members {
         assert!(shards(member).is_empty() && member.node.models().await.is_empty());
         let left = std::fs::read_dir(member.dir.path().join("blobs")).unwrap();
-        let left: Vec<_> = left.map(|e| e.unwrap().path()).filter(|p| p.extension().is_some_and(|e| e == "assembly")).collect();
+        let left: Vec<_> =
+            left.map(|e| e.unwrap().path()).filter(|p| p.extension().is_some_and(|e| e == "assembly")).collect();
         assert!(left.is_empty(), "{left:?}");
     }
     hub.behaviour().flip.store(-1, Ordering::SeqCst);
@@ -421,43 +424,63 @@ fn split(name: &str) -> (TempDir, Vec<(String, Vec<u8>)>) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn space_is_made_by_what_was_used_least_and_never_by_the_last_copy() {
+async fn space_is_made_by_what_has_a_copy_elsewhere_and_never_by_the_last() {
     let tiny = |name: &str| {
         let dir = tempfile::tempdir().unwrap();
         let path: PathBuf = dir.path().join("m.gguf");
         capstan_testkit::tiny::write(name, &path).unwrap();
         std::fs::read(path).unwrap()
     };
-    let hub = Hub::start(vec![("A-Q8_0.gguf", tiny("llama")), ("B-F16.gguf", tiny("qwen2")), (FILE, smol())]);
-    let members = cluster(2, &hub).await;
-    let a = &members[0];
-    // The first has a copy on the other node, the second has not.
-    let pull = |what: &str, replicas: u16, nodes: &[&str]| PullRequest {
+    let small = [("B-F16.gguf", "qwen2"), ("C-Q8_0.gguf", "gemma3"), ("D-Q2_K.gguf", "qwen3")];
+    let mut files: Vec<_> = small.iter().map(|(file, name)| (*file, tiny(name))).collect();
+    files.push((FILE, smol()));
+    let hub = Hub::start(files);
+    let mut members = cluster(2, &hub).await;
+    let pull = |what: &str, replicas: u16| PullRequest {
         source: format!("hf:o/r:{what}"),
         replicas: Some(replicas),
-        nodes: nodes.iter().map(|n| n.to_string()).collect(),
+        nodes: vec!["a".into()],
         ..PullRequest::default()
     };
-    outside(&pulled(&a.node, pull("Q8_0", 2, &["a"])).await);
-    outside(&pulled(&a.node, pull("F16", 1, &["a"])).await);
+    // The first, which is large, gets a copy on the other node; the second does not.
+    outside(&pulled(&members[0].node, pull("Q4_1", 2)).await);
+    outside(&pulled(&members[0].node, pull("F16", 1)).await);
     until("the first has two copies", || async {
-        let models = a.node.models().await;
-        models.iter().any(|m| m.name == "A-Q8_0" && m.copies == 2)
+        members[0].node.models().await.iter().any(|m| m.name == "Smol-Q4_1" && m.copies == 2)
     })
     .await;
-    let disk = a.node.disk().await;
+    let disk = members[0].node.disk().await;
     assert!(disk.iter().all(|n| n.online && n.used_bytes > 0) && disk[0].parts.iter().any(|p| p.model == "B-F16"));
-    // Room for the third model only if something goes; all that may go is the first's copy here.
-    let limit = disk[0].used_bytes + smol().len() as u64;
-    a.node.stop().await;
-    let Member { node, dir } = members.into_iter().next().unwrap();
-    drop(node);
-    let mut tight = config(dir.path(), "a", &hub, None);
-    tight.disk_limit_bytes = Some(limit);
-    let node = Node::start(tight).await.unwrap();
-    // The other member of the cluster is gone with the vector: nobody promises to keep a copy, so nothing may go.
-    let events = pulled(&node, pull("Q4_1", 1, &["a"])).await;
+
+    let restart = async |member: Member, limit: u64| {
+        let Member { node, dir } = member;
+        node.stop().await;
+        drop(node);
+        let mut tight = config(dir.path(), "a", &hub, None);
+        tight.disk_limit_bytes = Some(limit);
+        Member { node: Node::start(tight).await.unwrap(), dir }
+    };
+    let a = restart(members.remove(0), disk[0].used_bytes + (64 << 10)).await;
+    let b = members.remove(0);
+    until("it hears what the other has", || async {
+        a.node.models().await.iter().any(|m| m.name == "Smol-Q4_1" && m.copies == 2)
+    })
+    .await;
+    outside(&pulled(&a.node, pull("Q8_0", 1)).await);
+    let copies = async || {
+        let models = a.node.models().await;
+        models.into_iter().map(|m| (m.name, m.copies)).collect::<BTreeMap<_, _>>()
+    };
+    let now = copies().await;
+    assert_eq!((now["Smol-Q4_1"], now["B-F16"], now["C-Q8_0"]), (1, 1, 1), "only what is elsewhere went");
+    assert!(shards(&b).contains(&smol()) && !shards(&a).contains(&smol()));
+
+    // With the other node gone nothing more may go.
+    b.node.stop().await;
+    let used = a.node.disk().await[0].used_bytes;
+    let a = restart(a, used + (64 << 10)).await;
+    let events = pulled(&a.node, pull("Q2_K", 1)).await;
     assert!(failure(&events).contains("disk_limit"), "{events:?}");
-    let kept: Vec<String> = node.models().await.into_iter().filter(|m| m.copies > 0).map(|m| m.name).collect();
-    assert_eq!(kept, ["A-Q8_0", "B-F16"]);
+    let models = a.node.models().await;
+    assert!(models.iter().filter(|m| m.name != "Smol-Q4_1").all(|m| m.copies == 1), "{models:?}");
 }

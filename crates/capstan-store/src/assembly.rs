@@ -96,9 +96,7 @@ impl Assembly {
     fn receive(&self, mut pieces: mpsc::Receiver<(u64, Bytes)>) -> Result<(), StoreError> {
         use std::os::unix::fs::FileExt;
         while let Some((to, bytes)) = pieces.blocking_recv() {
-            self.data
-                .write_all_at(&bytes, to)
-                .map_err(|e| StoreError::io("write", &self.path, e, self.missing()))?;
+            self.data.write_all_at(&bytes, to).map_err(|e| StoreError::io("write", &self.path, e, self.missing()))?;
             lock(&self.done).add(to..to + bytes.len() as u64);
         }
         Ok(())

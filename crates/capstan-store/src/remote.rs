@@ -178,7 +178,14 @@ impl RemoteFile {
         let mut url = reqwest::Url::parse(&self.url).ok()?;
         let name = path.file_name()?.to_str()?;
         url.path_segments_mut().ok()?.pop().push(name);
-        Some(Self { path: path.to_owned(), url: url.into(), on_hub: self.on_hub, bytes: None, sha256: None, etag: None })
+        Some(Self {
+            path: path.to_owned(),
+            url: url.into(),
+            on_hub: self.on_hub,
+            bytes: None,
+            sha256: None,
+            etag: None,
+        })
     }
 }
 

@@ -155,9 +155,7 @@ impl Store {
     fn unused(&self) -> std::io::Result<Vec<Unused>> {
         let layout = &self.inner.layout;
         let mut unused = Vec::new();
-        for (folder, extension) in
-            [(&layout.shards, "gguf"), (&layout.blobs, "partial"), (&layout.blobs, "assembly")]
-        {
+        for (folder, extension) in [(&layout.shards, "gguf"), (&layout.blobs, "partial"), (&layout.blobs, "assembly")] {
             for entry in fs::read_dir(folder)? {
                 let path = entry?.path();
                 let Some(hash) = hash_of(&path, extension) else { continue };
@@ -203,13 +201,8 @@ fn changed(path: &Path) -> u64 {
 }
 
 fn all_bytes(layout: &Layout, hash: &Hash) -> u64 {
-    let files = [
-        layout.shard(hash),
-        layout.tree(hash),
-        layout.partial(hash),
-        layout.partial_tree(hash),
-        layout.assembly(hash),
-    ];
+    let files =
+        [layout.shard(hash), layout.tree(hash), layout.partial(hash), layout.partial_tree(hash), layout.assembly(hash)];
     files.iter().map(|f| occupied_bytes(f)).sum()
 }
 

@@ -71,8 +71,7 @@ impl Hub {
     pub fn start(files: Vec<(&str, Vec<u8>)>) -> Hub {
         let files: Vec<_> = files.into_iter().map(|(name, bytes)| (name.to_owned(), Arc::new(bytes))).collect();
         let sent = files.iter().map(|(name, bytes)| (name.clone(), vec![0; bytes.len()])).collect();
-        let behaviour =
-            Behaviour { hold_after: AtomicI64::new(-1), flip: AtomicI64::new(-1), ..Behaviour::default() };
+        let behaviour = Behaviour { hold_after: AtomicI64::new(-1), flip: AtomicI64::new(-1), ..Behaviour::default() };
         let shared = Arc::new(Shared {
             files,
             behaviour,
@@ -269,9 +268,10 @@ async fn content(State(hub): HubState, Path(file): Path<String>, headers: Header
         return answer(StatusCode::NOT_FOUND, "");
     };
     let range = header(&headers, "range");
-    let range = range.strip_prefix("bytes=").and_then(|r| r.split_once('-')).filter(|_| {
-        !hub.behaviour.whole.load(Ordering::SeqCst)
-    });
+    let range = range
+        .strip_prefix("bytes=")
+        .and_then(|r| r.split_once('-'))
+        .filter(|_| !hub.behaviour.whole.load(Ordering::SeqCst));
     let wanted = range.and_then(|(from, to)| Some((from.parse::<usize>().ok()?, to.parse::<usize>().ok()?)));
     let all = bytes.len();
     let (from, end) = wanted.map_or((0, all), |(from, to)| (from.min(all), to.saturating_add(1).min(all)));

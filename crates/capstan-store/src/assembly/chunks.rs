@@ -82,7 +82,10 @@ mod tests {
             pieces: vec![piece(1000, 50, 100), piece(500, 150, 100)],
             files: vec![],
             // The second has the end of the first piece and the beginning of the second, in another order.
-            providers: vec![provider(vec![piece(1000, 7, 40)]), provider(vec![piece(500, 0, 10), piece(1030, 10, 200)])],
+            providers: vec![
+                provider(vec![piece(1000, 7, 40)]),
+                provider(vec![piece(500, 0, 10), piece(1030, 10, 200)]),
+            ],
         };
         let done = [(60, 70)].into_iter().collect();
         let all = chunks(&order, &done);

@@ -24,7 +24,7 @@ use crate::fetch::{dial, transfer};
 use crate::remote::RemoteFile;
 use crate::serve::CLOSE_DONE;
 use crate::store::{Store, lock};
-use crate::tree::{Source, file_tree, valid_in};
+use crate::tree::{BLOCK_SIZE, Source, file_tree, valid_in};
 
 /// Requests to the source at once: enough to fill a line on which each stream is slowed down by itself.
 const OUTSIDE_STREAMS: usize = 8;
@@ -92,14 +92,16 @@ impl Work {
                 }
             }
         }
-        let outside: Vec<bool> =
-            order.files.iter().map(|f| sources.remote.is_some() && f.url.as_ref().is_some_and(|u| !u.is_empty())).collect();
+        let outside: Vec<bool> = order
+            .files
+            .iter()
+            .map(|f| sources.remote.is_some() && f.url.as_ref().is_some_and(|u| !u.is_empty()))
+            .collect();
         let mut who = vec![Who::Here];
         who.extend(peers.into_iter().map(|(addr, provides)| Who::Peer(addr, provides)));
         who.push(Who::Outside);
         let alive = who.iter().map(Who::streams).collect();
-        let state =
-            State { queue: chunks.into(), under_way: 0, alive, outside_failure: None, peer_failure: None };
+        let state = State { queue: chunks.into(), under_way: 0, alive, outside_failure: None, peer_failure: None };
         let (state, outside_bytes) = (Mutex::new(state), AtomicU64::new(0));
         Work { who, here, outside, state, changed: Notify::new(), outside_bytes }
     }
@@ -286,7 +288,7 @@ impl Supply<'_> {
                 }
                 let data = open(&source.path)?;
                 let tree = file_tree(&source.hash, source.stamp.bytes, open(&source.tree_path)?);
-                let wanted = chunks_of(at, bytes);
+                let wanted = blocks_of(at, bytes, source.stamp.bytes);
                 let right = valid_in(&data, &tree, &wanted).map_err(|e| lost(e.to_string()))?;
                 if !(wanted - right).is_empty() {
                     return Err(lost("some of it does not match its hash".into()));
@@ -345,7 +347,7 @@ impl Supply<'_> {
                 }
                 drop(pieces);
             };
-            let request = GetRequest::blob_ranges(hash.into(), chunks_of(begin, len));
+            let request = GetRequest::blob_ranges(hash.into(), blocks_of(begin, len, bytes));
             let mut uncounted = |_, _| {};
             let ((), sent) = tokio::join!(forward, transfer(&connected, request, bytes, items, &mut uncounted));
             writer.await.map_err(|_| StoreError::Closed)??;
@@ -399,9 +401,11 @@ fn remote_file(file: &FileRecord, sources: &Sources) -> Option<RemoteFile> {
     })
 }
 
-/// The hash tree's chunks that hold these bytes.
-fn chunks_of(from: u64, bytes: u64) -> ChunkRanges {
-    ChunkRanges::from(ChunkNum::full_chunks(from)..ChunkNum::chunks(from.saturating_add(bytes)))
+/// The blocks of the hash tree that hold these bytes of a file of `total` bytes.
+fn blocks_of(from: u64, bytes: u64, total: u64) -> ChunkRanges {
+    let block = BLOCK_SIZE.bytes() as u64;
+    let end = from.saturating_add(bytes).next_multiple_of(block).min(total);
+    ChunkRanges::from(ChunkNum::full_chunks(from / block * block)..ChunkNum::chunks(end))
 }
 
 /// Whether an error is one of this node's own disk or state, against which another supplier does not help.

@@ -85,8 +85,7 @@ impl Remote {
             ModelName::Url(url) => {
                 let path =
                     reqwest::Url::parse(url).map(|u| u.path().trim_start_matches('/').into()).unwrap_or_default();
-                let file =
-                    RemoteFile { path, url: url.clone(), on_hub: false, bytes: None, sha256: None, etag: None };
+                let file = RemoteFile { path, url: url.clone(), on_hub: false, bytes: None, sha256: None, etag: None };
                 return Ok(Resolved { commit: None, files: vec![file] });
             }
             ModelName::File(path) => {

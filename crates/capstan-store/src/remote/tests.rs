@@ -170,7 +170,14 @@ async fn ranges_are_those_that_were_asked_for() {
 }
 
 fn files(names: &[&str]) -> Vec<RemoteFile> {
-    let file = |n: &&str| RemoteFile { path: n.into(), url: String::new(), on_hub: true, bytes: None, sha256: None, etag: None };
+    let file = |n: &&str| RemoteFile {
+        path: n.into(),
+        url: String::new(),
+        on_hub: true,
+        bytes: None,
+        sha256: None,
+        etag: None,
+    };
     names.iter().map(file).collect()
 }
 

@@ -76,7 +76,8 @@ pub async fn models(config: &Config, json: bool) -> Result<ExitCode> {
 }
 
 fn model(m: &ModelStatus) -> String {
-    let mut lines = vec![format!("{}  {}, {} layers, {}", view::plain(&m.name), view::bytes(m.bytes), m.layers, m.id.short())];
+    let mut lines =
+        vec![format!("{}  {}, {} layers, {}", view::plain(&m.name), view::bytes(m.bytes), m.layers, m.id.short())];
     let revision = m.revision.as_ref().map(|r| format!(" @ {}", view::plain(r))).unwrap_or_default();
     lines.push(format!("  from     {}{revision}", view::plain(&m.source)));
     for file in m.files.iter().filter(|f| f.sha256.is_some()) {
@@ -102,7 +103,9 @@ pub async fn act(config: &Config, args: &ModelArgs, json: bool) -> Result<ExitCo
         Action::Remove { name } => client.act_on_model("remove", name, None).await?,
         Action::Export { name, path } => {
             let path = std::path::absolute(path)?;
-            let Some(path) = path.to_str() else { bail!("the path {} is not valid UTF-8; choose another", path.display()) };
+            let Some(path) = path.to_str() else {
+                bail!("the path {} is not valid UTF-8; choose another", path.display())
+            };
             client.act_on_model("export", name, Some(path)).await?
         }
     };

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use anyhow::{Result, bail};
 use capstan_proto::LayerRange;
 use capstan_proto::manage::{DeploymentStatus, LoadEvent, LoadRequest};
-use capstan_proto::weights::{ModelStatus, PullRequest};
+use capstan_proto::weights::{ModelStatus, PullRequest, REPLICAS_MAX};
 use capstan_store::remote::ModelName;
 use clap::Args;
 use serde_json::json;
@@ -56,6 +56,10 @@ pub struct LoadArgs {
     /// GGUF of a small model with the same vocabulary, which guesses tokens for the idle stages to check
     #[arg(long, value_name = "DRAFT.gguf")]
     pub draft: Option<std::path::PathBuf>,
+    /// Keep copies of each layer on the disks of so many nodes, so that any can be lost [default: 2 for a model that was
+    /// pulled, none for a file]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=i64::from(REPLICAS_MAX)))]
+    pub replicas: Option<u16>,
     /// Caches and scheduling.
     #[command(flatten)]
     pub model_flags: ModelFlags,
@@ -77,7 +81,7 @@ pub async fn load(config: &Config, args: &LoadArgs, json: bool) -> Result<ExitCo
             bail!("--nodes and --layers name different nodes; --layers alone is enough");
         }
     }
-    let Some(path) = find(&client, &args.model, json).await? else {
+    let Some(path) = find(&client, &args.model, args.replicas, json).await? else {
         return Ok(ExitCode::from(INTERRUPTED));
     };
     let request = LoadRequest {
@@ -102,14 +106,27 @@ pub async fn load(config: &Config, args: &LoadArgs, json: bool) -> Result<ExitCo
 }
 
 /// What a load calls a model: a file's path, or a model of the catalogue, pulled first if need be. None when Ctrl-C came.
-pub async fn find(client: &Client, model: &Path, json: bool) -> Result<Option<String>> {
-    let Some(text) = model.to_str().filter(|_| !model.is_file()) else { return Ok(Some(model_path(model)?)) };
+/// With `replicas` a file goes into the catalogue, too, so that its layers are copied.
+pub async fn find(client: &Client, model: &Path, replicas: Option<u16>, json: bool) -> Result<Option<String>> {
     let pulled = |name: &str| format!("pulled:{name}");
+    let pull = async |source: String| {
+        let request = PullRequest { source, replicas, ..PullRequest::default() };
+        Ok::<_, anyhow::Error>(pull::follow(client, &request, json).await?.map(|name| pulled(&name)))
+    };
+    let Some(text) = model.to_str().filter(|_| !model.is_file()) else {
+        let path = model_path(model)?;
+        return if replicas.is_some() { pull(format!("file:{path}")).await } else { Ok(Some(path)) };
+    };
     let same = |m: &ModelStatus| {
         let pinned = m.revision.as_ref().map(|r| format!("{}@{r}", m.source));
         m.name == text || m.source == text || m.id.to_string() == text || pinned.as_deref() == Some(text)
     };
     if let Some(known) = client.models().await?.iter().find(|m| same(m)) {
+        if replicas.is_some_and(|n| n != known.replicas) {
+            // Pulled again, by the very same version, only the number of copies changes.
+            let revision = known.revision.as_ref().map(|r| format!("@{r}")).unwrap_or_default();
+            return pull(format!("{}{revision}", known.source)).await;
+        }
         return Ok(Some(pulled(&known.id.to_string())));
     }
     match text.parse::<ModelName>() {
@@ -123,8 +140,7 @@ pub async fn find(client: &Client, model: &Path, json: bool) -> Result<Option<St
         Ok(_) => {}
         Err(e) => bail!("{e}"),
     }
-    let request = PullRequest { source: pull::source(text)?, ..PullRequest::default() };
-    Ok(pull::follow(client, &request, json).await?.map(|name| pulled(&name)))
+    pull(pull::source(text)?).await
 }
 
 /// What is asked of the daemon, as far as the settings say it. `path` is as [`find`] gives it, or [`model_path`].

@@ -229,8 +229,7 @@ impl Drop for Shown {
     }
 }
 
-const FILE_BAR: &str =
-    "{prefix}  [{bar:30}] {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} {eta} {msg}";
+const FILE_BAR: &str = "{prefix}  [{bar:30}] {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} {eta} {msg}";
 
 #[cfg(test)]
 mod tests {

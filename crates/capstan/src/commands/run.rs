@@ -132,12 +132,15 @@ async fn ensure_loaded(client: &Client, config: &Config, args: &RunArgs) -> Resu
         return Ok(Some(name));
     }
     // Never as JSON: standard output is the answer's alone, and whoever watches sees the bars on standard error.
-    let Some(path) = models::find(client, Path::new(&args.model), false).await? else { return Ok(None) };
+    let Some(path) = models::find(client, Path::new(&args.model), None, false).await? else { return Ok(None) };
     let request = models::request(config, path, args.draft.as_deref())?;
     if let Some(id) = request.path.strip_prefix("pulled:")
-        && let Some(served) = client.status().await?.deployments.into_iter().find(|d| {
-            (d.model_hash == id || d.name == id) && d.health != Health::Failed
-        })
+        && let Some(served) = client
+            .status()
+            .await?
+            .deployments
+            .into_iter()
+            .find(|d| (d.model_hash == id || d.name == id) && d.health != Health::Failed)
     {
         return Ok(Some(served.name));
     }
