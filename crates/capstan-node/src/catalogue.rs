@@ -406,6 +406,10 @@ impl Shared {
         if of.is_empty() {
             return true;
         }
+        // Heads are small, and whoever has one can open its model.
+        if of.iter().any(|(_, part)| matches!(part.kind, PartKind::Head(_))) {
+            return false;
+        }
         if !self.models.begin_leaving(hash) {
             return false;
         }

@@ -12,7 +12,7 @@
 //! | `deployments`, `blueprint`, `coordinator`, `cutter` | load and place; bring up, wire, mend; shards for others |
 //! | [`weights`] | what the HTTP layer asks about models on disks |
 //! | `catalogue` | the models that were pulled, who has which parts, how one is opened |
-//! | `pulling`, `plan_pull`, `digests` | a pull from its source to its record: what each node gets; hashes along nodes |
+//! | `pulling`, `pull_source`, `plan_pull`, `digests` | a pull to its record: what is pulled; what each node gets; hashes along nodes |
 //! | `assembling`, `supply` | files put together here and elsewhere; a stage's shard from parts |
 //! | `replicas` | copies of layers, and which may be deleted |
 //! | `scheduling` | what a load asks of the scheduler, and what follows for a placement |
@@ -54,6 +54,7 @@ mod moving;
 pub mod node;
 mod placing;
 mod plan_pull;
+mod pull_source;
 mod pulling;
 mod rehearsal;
 mod replicas;

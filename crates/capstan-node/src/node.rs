@@ -183,6 +183,7 @@ impl Shared {
             }
         }
         self.poll_now.notify_one();
+        self.models.changed.notify_one();
     }
 
     /// Deployments of the whole cluster, as this node knows them.

@@ -154,7 +154,7 @@ mod tests {
             capstan_testkit::tiny::write(name, &path).unwrap();
             let model = Model::open(&path).unwrap();
             let bytes = model.bytes();
-            let record = crate::pulling::record_of_file(&path, &model, "m", 1);
+            let record = crate::pull_source::record_of_file(&path, &model, "m", 1);
             let ranges = model.finest_partition();
             let head = [Span { file: 0, from: 0, bytes: crate::catalogue::header_bytes(&model, 0, bytes) }];
             let (shared, rest) = shared_and_rest(&record, &model, &ranges, &head).unwrap();

@@ -16,7 +16,7 @@ use crate::node::Shared;
 use crate::pulling::tell_all;
 
 /// How often nodes tell each other what they have, when nothing changes.
-const EXCHANGE_INTERVAL: Duration = Duration::from_secs(10);
+const EXCHANGE_INTERVAL: Duration = Duration::from_secs(5);
 /// How often a node looks for copies that it should make.
 const COPY_INTERVAL: Duration = Duration::from_secs(5);
 /// Hash trees take so small a share of what they are for: one part in two hundred is enough.

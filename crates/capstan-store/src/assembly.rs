@@ -32,7 +32,7 @@ use crate::ranges::Ranges;
 use crate::remote::Remote;
 use crate::sha256::Sha256;
 use crate::store::{Store, lock};
-use crate::{Hash, Offer, StoreError, hex};
+use crate::{Hash, Offer, StoreError};
 
 /// How often what has arrived is noted on the disk: what a crash costs.
 const NOTE_INTERVAL: Duration = Duration::from_secs(1);
@@ -211,14 +211,9 @@ impl Store {
         if !path.exists() {
             return Err(StoreError::NotHere { id: *id });
         }
-        let offer = self.adopt(&path, |_, _| {}).await?;
-        let (name, done) = (layout.assembled(id), layout.assembly_done(id));
-        let text = hex(&offer.hash);
-        self.blocking(move |_| {
-            fs::write(&name, text).map_err(|e| StoreError::io("write", &name, e, 1))?;
-            remove_if_there(&done).map(drop).map_err(|e| StoreError::io("remove", &done, e, 1))
-        })
-        .await?;
+        let offer = self.adopt_noting(&path, Some(layout.assembled(id)), |_, _| {}).await?;
+        let done = layout.assembly_done(id);
+        remove_if_there(&done).map_err(|e| StoreError::io("remove", &done, e, 1))?;
         drop(turn);
         Ok(offer)
     }

@@ -17,7 +17,7 @@ use crate::error::short;
 use crate::index::{Index, Offered};
 use crate::layout::{Layout, Stamp, remove_if_there, sync_folder};
 use crate::tree::{self, Report, Source};
-use crate::{Hash, Offer, Shard, StoreError};
+use crate::{Hash, Offer, Shard, StoreError, hex};
 
 /// A node's shards and offers, in one data folder. Clones share everything.
 ///
@@ -144,7 +144,17 @@ impl Store {
 
     /// Hashes a finished file and moves it into `shards/`: from then on it is local and served, as if fetched. The
     /// file must lie on the data folder's file system, since a move must not become a copy.
-    pub async fn adopt(&self, path: &Path, mut progress: impl FnMut(u64, u64) + Send) -> Result<Offer, StoreError> {
+    pub async fn adopt(&self, path: &Path, progress: impl FnMut(u64, u64) + Send) -> Result<Offer, StoreError> {
+        self.adopt_noting(path, None, progress).await
+    }
+
+    /// The same; its hash is written to `note` before it is moved, so that a crash between the two loses nothing.
+    pub(crate) async fn adopt_noting(
+        &self,
+        path: &Path,
+        note: Option<PathBuf>,
+        mut progress: impl FnMut(u64, u64) + Send,
+    ) -> Result<Offer, StoreError> {
         self.alive()?;
         let path = path.to_path_buf();
         let (store, file) = (self.clone(), path.clone());
@@ -154,6 +164,9 @@ impl Store {
         self.blocking(move |store| {
             let shard = store.inner.layout.shard(&hash);
             store.place_tree(&temporary, &hash)?;
+            if let Some(note) = note {
+                fs::write(&note, hex(&hash)).map_err(|e| StoreError::io("write", &note, e, 1))?;
+            }
             fs::rename(&path, &shard).map_err(|e| match e.kind() {
                 io::ErrorKind::CrossesDevices => {
                     StoreError::OtherFileSystem { path: path.clone(), folder: store.inner.layout.shards.clone() }
@@ -161,6 +174,10 @@ impl Store {
                 _ => StoreError::io("move", &path, e, 1),
             })?;
             sync_folder(&store.inner.layout.shards).map_err(|e| StoreError::io("sync", &shard, e, 1))?;
+            // What had arrived of it otherwise is not needed any more.
+            for path in [store.inner.layout.partial(&hash), store.inner.layout.partial_tree(&hash)] {
+                remove_if_there(&path).map_err(|e| StoreError::io("remove", &path, e, 1))?;
+            }
             store.record(&hash, stamp)?;
             Ok(Offer { hash, bytes: stamp.bytes })
         })

@@ -332,7 +332,7 @@ impl Supply<'_> {
             let (items, mut queue) = mpsc::channel(WRITE_QUEUE);
             let (pieces, writer) = self.writer();
             let (begin, end, to) = (at + from, at + from + len, chunk.piece.to + from);
-            let forward = async {
+            let forward = async move {
                 while let Some(item) = queue.recv().await {
                     let BaoContentItem::Leaf(leaf) = item else { continue };
                     // Blocks are whole, what is wanted of the first and the last may not be.

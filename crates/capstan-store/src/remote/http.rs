@@ -19,10 +19,18 @@ const TAG_BYTES_MAX: usize = 256;
 /// Most time until a server begins to answer, and between two pieces of an answer.
 const SILENCE_MAX: Duration = Duration::from_secs(30);
 
+/// Failures in a row after which a patient reader gives up.
+const TRIES: u32 = 7;
+/// Its pause after the first of them; it doubles each time up to [`PAUSE_MAX`]. All together half a minute.
+const PAUSE: Duration = Duration::from_millis(250);
+/// See [`PAUSE`].
+const PAUSE_MAX: Duration = Duration::from_secs(10);
+
 /// Reads models that are elsewhere.
 pub struct Remote {
     client: Client,
     hub: Api,
+    tries: u32,
 }
 
 /// What a name means: files at one version.
@@ -75,7 +83,23 @@ impl Remote {
         let hub = builder.with_progress(false).with_user_agent("capstan", env!("CARGO_PKG_VERSION")).build();
         // Addresses elsewhere must not learn the token.
         let client = Client::builder().connect_timeout(SILENCE_MAX).read_timeout(SILENCE_MAX).build();
-        Ok(Self { client: client.map_err(|e| bad(&e))?, hub: hub.map_err(|e| bad(&e))? })
+        Ok(Self { client: client.map_err(|e| bad(&e))?, hub: hub.map_err(|e| bad(&e))?, tries: 1 })
+    }
+
+    /// The same, which asks again for half a minute where the server or the line fails: for work that nobody waits for.
+    pub fn patient(self) -> Self {
+        Self { tries: TRIES, ..self }
+    }
+
+    /// Whether to ask again after a failure; pauses before.
+    async fn asks_again(&self, tries: &mut u32, error: &RemoteError) -> bool {
+        *tries += 1;
+        let again = error.is_retryable() && *tries < self.tries;
+        if again {
+            tracing::info!(%error, "asking again");
+            tokio::time::sleep((PAUSE * 2u32.saturating_pow(*tries - 1)).min(PAUSE_MAX)).await;
+        }
+        again
     }
 
     /// What a name means now. A branch or tag is pinned to the commit that it points to.
@@ -96,9 +120,18 @@ impl Remote {
         let revision = revision.as_deref().unwrap_or(REVISION);
         let hub = self.hub.repo(Repo::with_revision(repo.clone(), RepoType::Model, revision.to_owned()));
         let url = format!("hf:{repo}@{revision}");
-        let asked = hub.info_request().query(&[("blobs", "true")]).send();
-        let response = checked(&url, within(&url, asked).await?)?;
-        let body = body(&url, response, LIST_BYTES_MAX, true).await?;
+        let mut tries = 0;
+        let body = loop {
+            let asked = hub.info_request().query(&[("blobs", "true")]).send();
+            match listing(&url, asked).await {
+                Ok(body) => break body,
+                Err(error) => {
+                    if !self.asks_again(&mut tries, &error).await {
+                        return Err(error);
+                    }
+                }
+            }
+        };
         let listing: Listing = serde_json::from_slice(&body)
             .map_err(|e| RemoteError::Nonsense { url, what: format!("no list of files ({e})") })?;
         let commit = listing.sha.filter(|sha| is_plain(sha));
@@ -125,6 +158,20 @@ impl Remote {
 
     /// The first bytes of a file, at most so many, and what the answer says of the file.
     pub async fn first(&self, file: &RemoteFile, len: u64) -> Result<(Vec<u8>, RemoteFile), RemoteError> {
+        let mut tries = 0;
+        loop {
+            match self.first_once(file, len).await {
+                Err(error) => {
+                    if !self.asks_again(&mut tries, &error).await {
+                        return Err(error);
+                    }
+                }
+                first => return first,
+            }
+        }
+    }
+
+    async fn first_once(&self, file: &RemoteFile, len: u64) -> Result<(Vec<u8>, RemoteFile), RemoteError> {
         let response = self.ask(file, 0, len).await?;
         let size = match response.status() {
             StatusCode::PARTIAL_CONTENT => total(&response),
@@ -170,6 +217,20 @@ impl Remote {
 
     /// `len` bytes of a file from `from` on.
     pub async fn range(&self, file: &RemoteFile, from: u64, len: u64) -> Result<Vec<u8>, RemoteError> {
+        let mut tries = 0;
+        loop {
+            match self.range_once(file, from, len).await {
+                Err(error) => {
+                    if !self.asks_again(&mut tries, &error).await {
+                        return Err(error);
+                    }
+                }
+                range => return range,
+            }
+        }
+    }
+
+    async fn range_once(&self, file: &RemoteFile, from: u64, len: u64) -> Result<Vec<u8>, RemoteError> {
         let response = self.ask(file, from, len).await?;
         let whole = response.status() != StatusCode::PARTIAL_CONTENT;
         let skip = if whole { from } else { 0 };
@@ -222,6 +283,11 @@ impl Pieces {
 /// Text that may stand in an address.
 fn is_plain(sha: &str) -> bool {
     !sha.is_empty() && sha.len() <= 64 && sha.bytes().all(|b| b.is_ascii_alphanumeric())
+}
+
+async fn listing(url: &str, asked: impl Future<Output = reqwest::Result<Response>>) -> Result<Vec<u8>, RemoteError> {
+    let response = checked(url, within(url, asked).await?)?;
+    body(url, response, LIST_BYTES_MAX, true).await
 }
 
 async fn within(url: &str, asked: impl Future<Output = reqwest::Result<Response>>) -> Result<Response, RemoteError> {
