@@ -11,6 +11,7 @@
 //! | [`answer`] | events become one JSON object or a stream of chunks |
 //! | [`openai`] | the routes under `/v1`, and `/health` |
 //! | [`manage`], `keys`, `pair` | the routes under `/capstan/v1` |
+//! | [`weights`] | those of them for models on disks |
 #![forbid(unsafe_code)]
 
 pub mod answer;
@@ -24,6 +25,7 @@ pub mod manage;
 pub mod openai;
 mod pair;
 pub mod request;
+pub mod weights;
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -89,7 +91,7 @@ pub fn router(service: Arc<dyn Service>, options: ApiOptions) -> Router {
     let app = App { service, options: Arc::new(options), attempts: Arc::default() };
     Router::new()
         .merge(openai::routes(&app))
-        .nest("/capstan/v1", manage::routes(&app))
+        .nest("/capstan/v1", manage::routes(&app).merge(weights::routes(&app)))
         .fallback(|uri: axum::http::Uri| async move { ApiError::no_route(uri.path()) })
         .method_not_allowed_fallback(|method: axum::http::Method, uri: axum::http::Uri| async move {
             ApiError::wrong_method(&method, uri.path())

@@ -38,4 +38,4 @@ pub use metadata::{Array, Metadata, Value, ValueType};
 pub use model::Model;
 pub use parse::TensorInfo;
 pub use profile::{LayerProfile, Matrices, ModelProfile, Part};
-pub use shard::ShardInfo;
+pub use shard::{Recipe, Run, ShardInfo};

@@ -11,7 +11,7 @@ use crate::arch::windows::Windows;
 use crate::arch::{self, EmbeddingScale};
 use crate::bytes::FileBytes;
 use crate::parse::{self, Header, TensorInfo};
-use crate::shard::{self, ShardInfo};
+use crate::shard::{self, Recipe, ShardInfo};
 use crate::{GgufError, Metadata, ModelProfile, Value, cut, profile, writer};
 
 /// Most files of a split model; each is mapped. 1 TB in files of 1 GB.
@@ -236,6 +236,10 @@ impl Model {
     /// The header of the shard of a range, up to where data begins, and the size of the whole shard in bytes.
     pub fn shard_header(&self, range: LayerRange) -> Result<(Vec<u8>, u64), GgufError> {
         Ok(shard::plan(self, range)?.into_header())
+    }
+    /// How the shard of a range is put together.
+    pub fn shard_recipe(&self, range: LayerRange) -> Result<Recipe, GgufError> {
+        Ok(shard::plan(self, range)?.into_recipe(self))
     }
     /// The header of a model that has only these layers, besides its embeddings and head, and the size of its whole file
     /// in bytes: what is rehearsed. Without `texts` it has no tokenizer, which may be most of a header.

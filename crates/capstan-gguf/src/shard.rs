@@ -38,11 +38,26 @@ pub struct ShardInfo {
 
 /// A run of bytes from one of the model's files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Run {
-    file: usize,
-    from: u64,
-    to: u64,
-    len: u64,
+pub struct Run {
+    /// Which of the model's files.
+    pub file: usize,
+    /// Where it begins there.
+    pub from: u64,
+    /// Where it begins in the shard.
+    pub to: u64,
+    /// Bytes.
+    pub len: u64,
+}
+
+/// How a shard is put together by someone who need not have the model.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Recipe {
+    /// Its first bytes.
+    pub header: Vec<u8>,
+    /// The model's bytes; what is in none is zeros.
+    pub runs: Vec<Run>,
+    /// Size of the file in bytes.
+    pub bytes: u64,
 }
 
 impl Run {
@@ -69,6 +84,16 @@ impl Plan {
     }
     pub(crate) fn into_header(self) -> (Vec<u8>, u64) {
         (self.layout.header, self.layout.total)
+    }
+    /// The padding that follows a run in the model comes along, so that the shards of all layers hold all of its bytes.
+    pub(crate) fn into_recipe(self, model: &Model) -> Recipe {
+        let align = writer::alignment(model.metadata());
+        let mut runs = self.runs;
+        for run in &mut runs {
+            let file_bytes = model.contents().get(run.file).map_or(0, |f| f.file_bytes());
+            run.len = run.len.next_multiple_of(align).min(file_bytes.saturating_sub(run.from));
+        }
+        Recipe { header: self.layout.header, runs, bytes: self.layout.total }
     }
     fn copied(&self) -> u64 {
         self.runs.iter().map(|r| r.len).sum()

@@ -1,8 +1,8 @@
 //! A stage's files, its shard and a draft model: found on this node's disk, or fetched from its coordinator.
 use std::path::PathBuf;
 
-use capstan_proto::NodeId;
 use capstan_proto::control::{ShardRef, StageCommand, StageEvent, StageFile, StageOrder};
+use capstan_proto::{ContentHash, NodeId};
 use capstan_store::{Hold, StoreError};
 use tokio::sync::mpsc;
 
@@ -99,7 +99,11 @@ impl Arrival<'_> {
                 let from = crate::endpoint::dial_addr(coordinator, &member.addrs)
                     .ok_or_else(|| format!("could not get {what}: a bad key"))?;
                 let (store, endpoint) = (&self.shared.store, &self.shared.endpoint);
-                let fetch = store.fetch(endpoint, from, offer.hash, offer.bytes, self.progress());
+                // Others may have it, too: of a model of the catalogue, or from an earlier load.
+                let mut holders = self.shared.holders(ContentHash(offer.hash));
+                holders.retain(|node| *node != coordinator);
+                let from = [from].into_iter().chain(self.shared.dial_addrs(&holders)).collect();
+                let fetch = store.fetch_from(endpoint, from, offer.hash, offer.bytes, self.progress());
                 // What has arrived when it is stopped stays for the next attempt.
                 let Some(path) = unless_stopped(commands, fetch).await else { return Ok(None) };
                 path.map_err(trouble)?

@@ -40,8 +40,28 @@ pub struct NodeConfig {
     pub drain_limit: Duration,
     /// How long a request waits for a model whose stages were lost, before it fails.
     pub resume_limit: Duration,
+    /// Most bytes that shards and models may take on the disk; none is what it has free.
+    pub disk_limit_bytes: Option<u64>,
+    /// A server that speaks the hub's protocol, and the token that it wants; none is as the environment says.
+    pub hub: Option<Hub>,
     /// Program and arguments of a compute child: usually this very binary and `compute`.
     pub compute_command: Vec<OsString>,
+}
+
+/// A server that speaks the hub's protocol.
+#[derive(Clone)]
+pub struct Hub {
+    /// Its address.
+    pub endpoint: String,
+    /// What it knows us by.
+    pub token: Option<String>,
+}
+
+impl std::fmt::Debug for Hub {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // Not the token: what is printed may be a log.
+        f.debug_struct("Hub").field("endpoint", &self.endpoint).finish_non_exhaustive()
+    }
 }
 
 impl NodeConfig {
@@ -60,6 +80,8 @@ impl NodeConfig {
             stall_limit: STALL_LIMIT,
             drain_limit: DRAIN_LIMIT,
             resume_limit: RESUME_LIMIT,
+            disk_limit_bytes: None,
+            hub: None,
             compute_command,
         }
     }

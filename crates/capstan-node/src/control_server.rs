@@ -17,7 +17,7 @@ use tokio::time::timeout;
 use crate::endpoint::node_id;
 use crate::frames::{self, FrameError};
 use crate::node::Shared;
-use crate::{generate, session};
+use crate::{assembling, generate, session};
 
 /// How long a peer may take for its hello, and a stranger for its request to join.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
@@ -201,6 +201,18 @@ async fn serve(
                 Some(answer) => reply(&mut send, &answer).await,
                 None => refused("keys of another cluster"),
             }
+        }
+        Request::Catalogue(told) => match told.check() {
+            Ok(()) => reply(&mut send, &shared.hear_catalogue(from, *told)).await,
+            Err(error) => refused(&error.to_string()),
+        },
+        Request::Assemble(order) => match order.check() {
+            Ok(()) => assembling::serve(shared, *order, send, recv).await,
+            Err(error) => refused(&error.to_string()),
+        },
+        Request::Part(request) => {
+            let answer = assembling::part(&shared, *request).await;
+            reply(&mut send, &answer).await
         }
     }
 }

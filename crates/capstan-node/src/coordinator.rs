@@ -278,7 +278,7 @@ impl Coordinator {
         let order = self.order(i);
         let session = if node == self.shared.id {
             // llama.cpp reads a whole model from wherever it lies, in however many files.
-            let own = self.stages.len() == 1 && self.blueprint.rehearsal.is_none();
+            let own = self.stages.len() == 1 && self.blueprint.rehearsal.is_none() && !self.blueprint.model.elsewhere;
             let whole = if own { self.blueprint.model.model.files().first().cloned() } else { None };
             let draft = self.blueprint.scheduling.draft.clone();
             session::open_local(&self.shared, order, FileSource::Here { shard: whole, draft })

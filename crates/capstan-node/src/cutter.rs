@@ -13,8 +13,8 @@ use std::time::UNIX_EPOCH;
 use capstan_gguf::Model;
 use capstan_proto::control::ShardRef;
 use capstan_proto::data::Rollback;
-use capstan_proto::{DeploymentId, LayerRange};
-use capstan_store::Store;
+use capstan_proto::{DeploymentId, LayerRange, ModelId};
+use capstan_store::{Hold, Store};
 use serde::{Deserialize, Serialize};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
@@ -39,6 +39,12 @@ pub(crate) struct OpenModel {
     pub(crate) hash: String,
     /// The hash and when the files were changed last: what the memory of shards goes by.
     key: String,
+    /// Which model of the catalogue it is.
+    pub(crate) pulled: Option<ModelId>,
+    /// Only its header is here; shards are put together from parts instead of being cut.
+    pub(crate) elsewhere: bool,
+    /// Keeps its files in the store for as long as somebody has it open.
+    _holds: Arc<Vec<Hold>>,
 }
 
 impl OpenModel {
@@ -57,7 +63,27 @@ impl OpenModel {
             changed.push_str(&format!(":{}", when.map_or(0, |d| d.as_nanos())));
         }
         let hash = hasher.finalize().to_hex().to_string();
-        Ok(Self { model: Arc::new(model), key: format!("{hash}{changed}"), hash })
+        let key = format!("{hash}{changed}");
+        Ok(Self { model: Arc::new(model), key, hash, pulled: None, elsewhere: false, _holds: Arc::default() })
+    }
+
+    /// A model of the catalogue whose weights are not here.
+    pub(crate) fn outline(model: Arc<Model>, id: ModelId) -> Self {
+        let (key, hash) = (id.to_string(), id.to_string());
+        Self { model, key, hash, pulled: Some(id), elsewhere: true, _holds: Arc::default() }
+    }
+
+    /// The same as a model of the catalogue whose files are here.
+    pub(crate) fn pulled_as(self, id: ModelId, holds: Vec<Hold>) -> Self {
+        Self { hash: id.to_string(), pulled: Some(id), _holds: Arc::new(holds), ..self }
+    }
+
+    /// What it is opened by again, after a restart.
+    pub(crate) fn path(&self) -> Option<PathBuf> {
+        match self.pulled {
+            Some(id) => Some(crate::catalogue::pulled_path(&id.to_string())),
+            None => self.model.files().first().cloned(),
+        }
     }
 
     /// All of its layers; none for a model that has none.

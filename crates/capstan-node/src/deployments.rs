@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::blueprint::{Blueprint, Choice};
+use crate::catalogue;
 use crate::coordinator::{Coordinator, Message, Outbox};
 use crate::cutter::OpenModel;
 use crate::error::NodeError;
@@ -152,7 +153,7 @@ impl Deployments {
         if b.rehearsal.is_some() {
             return;
         }
-        let Some(path) = b.model.model.files().first().cloned() else { return };
+        let Some(path) = b.model.path() else { return };
         let stage = |s: &StagePlan| SavedStage {
             node: s.node,
             node_name: s.node_name.clone(),
@@ -230,7 +231,7 @@ fn new_id() -> DeploymentId {
     DeploymentId(rand::random::<u64>() >> 11)
 }
 
-fn default_name(path: &Path) -> String {
+pub(crate) fn default_name(path: &Path) -> String {
     let stem = path.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
     // The parts of a split model are called NAME-00001-of-00003.
     let digits = |s: &str| s.len() == 5 && s.bytes().all(|b| b.is_ascii_digit());
@@ -241,7 +242,7 @@ fn default_name(path: &Path) -> String {
     }
 }
 
-fn check_name(name: &str) -> Result<(), ManageError> {
+pub(crate) fn check_name(name: &str) -> Result<(), ManageError> {
     if name.is_empty() || name.len() > limits::NAME_BYTES_MAX || name.chars().any(char::is_control) {
         return Err(bad(format!(
             "{:?} is no name for a model; take 1 to {} printable characters with --name",
@@ -252,13 +253,7 @@ fn check_name(name: &str) -> Result<(), ManageError> {
     Ok(())
 }
 
-async fn open_model(path: PathBuf) -> Result<OpenModel, String> {
-    tokio::task::spawn_blocking(move || OpenModel::open(&path))
-        .await
-        .map_err(|e| format!("reading the model failed: {e}"))?
-}
-
-fn node_named(shared: &Shared, name: &str) -> Result<NodeId, ManageError> {
+pub(crate) fn node_named(shared: &Shared, name: &str) -> Result<NodeId, ManageError> {
     let Some(member) = shared.membership.find(name) else {
         let mut names: Vec<_> = shared.membership.others().into_iter().map(|m| m.name).collect();
         names.push(shared.membership.name());
@@ -299,13 +294,18 @@ pub(crate) async fn load_because(
     if request.nodes.len() > limits::MEMBERS_MAX || request.layers.len() > limits::LAYERS_MAX as usize {
         return Err(bad("more nodes are named than a cluster can have"));
     }
-    let path = std::fs::canonicalize(&request.path).map_err(|e| {
-        bad(format!("the model {:?} cannot be read on node {}: {e}", request.path, shared.membership.name()))
-    })?;
-    let name = request.name.clone().unwrap_or_else(|| default_name(&path));
+    let asked = PathBuf::from(&request.path);
+    let pulled = catalogue::pulled_name(&asked).and_then(|name| shared.models.find(name)).map(|record| record.name);
+    let path = match catalogue::pulled_name(&asked) {
+        Some(_) => asked,
+        None => std::fs::canonicalize(&asked).map_err(|e| {
+            bad(format!("the model {:?} cannot be read on node {}: {e}", request.path, shared.membership.name()))
+        })?,
+    };
+    let name = request.name.clone().or(pulled).unwrap_or_else(|| default_name(&path));
     check_name(&name)?;
     refuse_taken(shared, &name)?;
-    let model = open_model(path).await.map_err(bad)?;
+    let model = shared.open_model(path).await.map_err(bad)?;
     let (asked, rollback, node) = (request.clone(), model.rollback(), shared.membership.name());
     let wanted = tokio::task::spawn_blocking(move || Wanted::new(&asked, rollback, &node))
         .await
@@ -463,14 +463,14 @@ pub(crate) async fn resume(shared: Arc<Shared>) {
                 memory_bytes: s.memory_bytes,
             })
             .collect();
-        let opened = open_model(one.path.clone()).await.and_then(|model| {
+        let opened = shared.open_model(one.path.clone()).await.and_then(|model| {
             // The file may have been replaced meanwhile.
             Placement::new(model.model.n_layers(), stages.clone(), vec![]).map_err(|e| e.to_string())?;
             Ok(model)
         });
         let (mut scheduling, mut draft) = (one.scheduling.clone().unwrap_or_else(unguessed), None);
         if let Some(path) = scheduling.draft.clone() {
-            match open_model(path).await {
+            match shared.open_model(path).await {
                 Ok(model) => draft = Some(model),
                 Err(reason) => {
                     tracing::warn!(model = one.name, reason, "a deployment comes back without its draft model");

@@ -12,6 +12,11 @@
 //! | `pairing`, `nearby` | a short code instead of a ticket; how the machine that shows it is found |
 //! | `control_client`, `control_server` | calls to other nodes, and answers |
 //! | `deployments`, `blueprint`, `coordinator`, `cutter` | load and place; bring up, wire, mend; shards for others |
+//! | [`weights`] | what the HTTP layer asks about models on disks |
+//! | `catalogue` | the models that were pulled, who has which parts, how one is opened |
+//! | `pulling`, `pull_source`, `plan_pull`, `digests` | a pull to its record: what is pulled; what each node gets; hashes along nodes |
+//! | `assembling`, `supply` | files put together here and elsewhere; a stage's shard from parts |
+//! | `replicas` | copies of layers, and which may be deleted |
 //! | `scheduling` | what a load asks of the scheduler, and what follows for a placement |
 //! | `session` | a coordinator's hold on one stage, wherever it runs |
 //! | `stages`, `requests` | the stages that run here; a request's events, bounded |
@@ -26,14 +31,17 @@
 //! | `throttle` | progress that is reported only so often |
 
 mod arrival;
+mod assembling;
 mod blueprint;
 mod buffers;
+mod catalogue;
 pub mod config;
 mod control_client;
 mod control_server;
 mod coordinator;
 mod cutter;
 mod deployments;
+mod digests;
 mod endpoint;
 pub mod error;
 mod files;
@@ -51,7 +59,11 @@ pub mod node;
 mod pairing;
 mod placing;
 mod pulse;
+mod plan_pull;
+mod pull_source;
+mod pulling;
 mod rehearsal;
+mod replicas;
 mod requests;
 mod runs;
 mod scheduling;
@@ -59,11 +71,14 @@ pub mod service;
 mod service_impl;
 mod session;
 mod stages;
+mod supply;
 mod throttle;
 mod transcript;
 mod view;
+pub mod weights;
 
-pub use config::NodeConfig;
+pub use config::{Hub, NodeConfig};
 pub use error::NodeError;
 pub use node::Node;
 pub use service::Service;
+pub use weights::Weights;

@@ -11,6 +11,7 @@ use capstan_proto::manage::{ClusterStatus, DeploymentStatus, NodeStatus};
 use capstan_proto::pairing::PAIR_ALPN;
 use capstan_proto::{ClusterId, NodeId};
 use capstan_store::Store;
+use capstan_store::remote::Remote;
 use iroh::Endpoint;
 use iroh::endpoint::{Connection, VarInt};
 use iroh::protocol::Router;
@@ -19,6 +20,8 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::assembling::Assemblies;
+use crate::catalogue::Models;
 use crate::config::NodeConfig;
 use crate::control_client::{CALL_TIMEOUT, ControlClient};
 use crate::control_server::{ControlProtocol, JoinProtocol};
@@ -33,7 +36,9 @@ use crate::measuring;
 use crate::membership::Membership;
 use crate::moving;
 use crate::pairing::{PairProtocol, Pairing};
+use crate::pulling::{self, Pulls};
 use crate::rehearsal::Rehearsals;
+use crate::replicas;
 use crate::stages::StageHost;
 use crate::view::View;
 
@@ -102,6 +107,11 @@ pub(crate) struct Shared {
     pub(crate) stages: StageHost,
     pub(crate) cutter: Cutter,
     pub(crate) rehearsals: Rehearsals,
+    pub(crate) models: Models,
+    pub(crate) assemblies: Assemblies,
+    pub(crate) pulls: Pulls,
+    /// Reads models that are elsewhere; none where the network cannot be used at all.
+    pub(crate) remote: Option<Arc<Remote>>,
     pub(crate) deployments: Deployments,
     /// Something changed that every member should hear of now.
     pub(crate) deployments_changed: Notify,
@@ -185,6 +195,7 @@ impl Shared {
             }
         }
         self.poll_now.notify_one();
+        self.models.changed.notify_one();
     }
 
     /// Deployments of the whole cluster, as this node knows them.
@@ -330,6 +341,10 @@ impl Node {
             machine: Arc::new(Machine::new(config.memory_limit_bytes, config.gpu_layers)),
             cutter: Cutter::open(&config.data_dir)?,
             rehearsals: Rehearsals::open(&config.data_dir)?,
+            models: Models::open(&config.data_dir)?,
+            assemblies: Assemblies::default(),
+            pulls: Pulls::default(),
+            remote: pulling::remote(&config),
             deployments: Deployments::open(&config.data_dir)?,
             config,
             build,
@@ -350,6 +365,7 @@ impl Node {
             stop: CancellationToken::new(),
             stopped: CancellationToken::new(),
         });
+        replicas::guard(&shared);
         if let Some(profile) = measuring::known(&shared.config.data_dir) {
             shared.machine.set_profile(profile);
         }
@@ -379,6 +395,9 @@ impl Node {
             tokio::spawn(until_stopped(shared.clone(), measuring::link_loop(shared.clone())));
             tokio::spawn(until_stopped(shared.clone(), moving::move_loop(shared.clone())));
         }
+        tokio::spawn(until_stopped(shared.clone(), replicas::exchange_loop(shared.clone())));
+        tokio::spawn(until_stopped(shared.clone(), replicas::copy_loop(shared.clone())));
+        tokio::spawn(until_stopped(shared.clone(), pulling::resume(shared.clone())));
         Ok(Arc::new(Node { shared, router }))
     }
 

@@ -2,7 +2,7 @@
 use std::sync::Arc;
 
 use capstan_planner::{Placement, PlanError, PlanInput, PlanOptions, Sizes, plan};
-use capstan_proto::manage::{LoadForecast, ManageError};
+use capstan_proto::manage::{LoadForecast, ManageError, NodeStatus};
 
 use crate::buffers;
 use crate::cutter::OpenModel;
@@ -34,6 +34,18 @@ pub(crate) async fn again(shared: &Arc<Shared>, one: &Movable, fleet: Fleet) -> 
         ..PlanOptions::default()
     };
     place_on(shared, fleet, &one.model, options, false).await.ok().map(|(placement, _)| placement)
+}
+
+/// Where layers would go if nothing else were loaded: for a model that is only fetched.
+pub(crate) async fn place_idle(
+    shared: &Arc<Shared>,
+    model: &OpenModel,
+    options: PlanOptions,
+) -> Result<(Placement, Option<LoadForecast>), ManageError> {
+    let nodes = shared.cluster_status().nodes;
+    let used = |n: &NodeStatus| (n.id, n.memory_total_bytes.saturating_sub(n.memory_free_bytes));
+    let fleet = Fleet::of(shared).with_free(&nodes.iter().map(used).collect::<Vec<_>>());
+    place_on(shared, fleet, model, options, false).await
 }
 
 /// The same on nodes as they are given.

@@ -8,9 +8,11 @@ use capstan_proto::manage::{ClusterStatus, LoadEvent, LoadRequest, ManageError, 
 use capstan_proto::pairing::{NearbyNode, PairingReply};
 use tokio::sync::mpsc;
 
+use crate::weights::Weights;
+
 /// A node of a cluster, as its API and its command line see it.
 #[async_trait]
-pub trait Service: Send + Sync + 'static {
+pub trait Service: Weights {
     /// Members and deployments, as this node knows them. Cheap.
     async fn status(&self) -> ClusterStatus;
     /// Starts an answer, wherever the driver is. Dropping the receiver cancels it and frees its slot.

@@ -16,8 +16,9 @@ use crate::keys::KeyNews;
 use crate::manage::{DeploymentStatus, NodeStatus};
 pub use crate::version::{
     CONTROL_VERSION_MAX, CONTROL_VERSION_MIN, HELLO_BYTES_MAX, Hello, KEYS_SINCE, RESET_BAD_REQUEST,
-    RESET_NOT_UNDERSTOOD, VersionMismatch,
+    RESET_NOT_UNDERSTOOD, VersionMismatch, WEIGHTS_SINCE,
 };
+use crate::weights::{AssembleOrder, Catalogue, PartRequest};
 use crate::{ClusterId, DeploymentId, Epoch, NodeId, limits};
 
 /// ALPN between members of a cluster.
@@ -316,11 +317,19 @@ pub enum Request {
     },
     /// The API keys that I know, or only their digest. Answered by [`KeyNews`], with entries where the digests differ.
     Keys(Box<KeyNews>),
+    /// Here is what I know of models and have of their parts; tell me what you know and have. Answered by one
+    /// [`Catalogue`].
+    Catalogue(Box<Catalogue>),
+    /// Put this file together from what others have. Answered by [`AssembleEvent`](crate::weights::AssembleEvent)s;
+    /// resetting the stream ends the work, and what has arrived stays.
+    Assemble(Box<AssembleOrder>),
+    /// Do something with a file of yours. Answered by one [`PartReply`](crate::weights::PartReply).
+    Part(Box<PartRequest>),
 }
 
 impl Request {
     /// How many kinds there are. A frame that begins with this number or a higher one is from a newer build.
-    pub const KINDS: u32 = 8;
+    pub const KINDS: u32 = 11;
 
     /// The version of the protocol that brought this request.
     pub fn since(&self) -> u32 {
@@ -331,8 +340,9 @@ impl Request {
             | Self::Update(_)
             | Self::Wire { .. }
             | Self::Leave(_)
-            | Self::Unload { .. } => 3,
+            | Self::Unload { .. } => CONTROL_VERSION_MIN,
             Self::Keys(_) => KEYS_SINCE,
+            Self::Catalogue(_) | Self::Assemble(_) | Self::Part(_) => WEIGHTS_SINCE,
         }
     }
 }

@@ -69,6 +69,14 @@ key_type!(
     /// An API key: BLAKE3 of its text, by which nodes know it again without having it.
     KeyHash
 );
+key_type!(
+    /// A model's exact version: BLAKE3 over where it comes from, its revision, and its files' names, sizes and hashes.
+    ModelId
+);
+key_type!(
+    /// What a file contains: a hash of all its bytes, BLAKE3 unless it is said otherwise.
+    ContentHash
+);
 
 /// A deployment: a model being served. Unique in the cluster's life; made by the node that loads it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

@@ -17,6 +17,7 @@
 //! | [`device`] | what a machine was measured to take |
 //! | [`generate`] | a request for tokens and the events it brings |
 //! | [`manage`] | load, status, tickets: what the command line and the daemon exchange |
+//! | [`weights`] | models that were pulled: what they are made of, who has which parts, and how parts move |
 #![forbid(unsafe_code)]
 
 pub mod child;
@@ -32,6 +33,7 @@ pub mod limits;
 pub mod manage;
 pub mod pairing;
 pub mod version;
+pub mod weights;
 
-pub use ids::{ClusterId, DeploymentId, Epoch, KeyHash, NodeId, RequestId};
+pub use ids::{ClusterId, ContentHash, DeploymentId, Epoch, KeyHash, ModelId, NodeId, RequestId};
 pub use layers::LayerRange;

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use iroh::EndpointId;
 
+use crate::remote::RemoteError;
 use crate::{Hash, hex};
 
 /// Why a shard could not be offered, fetched, kept or removed. Nothing unverified is ever left in `shards/`, and a
@@ -59,6 +60,60 @@ pub enum StoreError {
         folder: PathBuf,
         /// Bytes that are missing, at least.
         missing_bytes: u64,
+    },
+    /// The limit that the user set leaves too little room.
+    #[error(
+        "The store in {} may take {} MiB (disk_limit), which is short of {missing_bytes} bytes ({} MiB): raise the limit, or \
+         remove a model (`capstan disk` shows what lies there), then try again; what has arrived is kept.",
+        .folder.display(), .limit_bytes >> 20, .missing_bytes.div_ceil(1 << 20)
+    )]
+    OverLimit {
+        /// The folder of the store.
+        folder: PathBuf,
+        /// The limit.
+        limit_bytes: u64,
+        /// Bytes that are missing, at least.
+        missing_bytes: u64,
+    },
+    /// The source outside of the cluster failed.
+    #[error("{source}; what has arrived is kept: repeat the same command, and it goes on from there.")]
+    Outside {
+        /// How.
+        #[from]
+        source: RemoteError,
+    },
+    /// Bytes of a model that are nowhere.
+    #[error(
+        "{what} cannot be put together: {missing_bytes} bytes of it are on no node that answers{reason}. Start the nodes \
+         that have them (`capstan models` shows which), or pull the model again."
+    )]
+    Nowhere {
+        /// The file.
+        what: String,
+        /// How much is missing.
+        missing_bytes: u64,
+        /// What the last source said, in brackets, or nothing.
+        reason: String,
+    },
+    /// A part that is here can no longer be used.
+    #[error("{} can no longer be used: {reason}; `capstan model verify` checks and mends it.", .path.display())]
+    PartRotten {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// No node has the shard.
+    #[error("No node has shard {} any more; load or pull the model again.", short(.hash))]
+    NobodyHas {
+        /// The shard.
+        hash: Hash,
+    },
+    /// A file that does not exist here.
+    #[error("There is no file {} here; repeat the pull.", short(.id))]
+    NotHere {
+        /// What was asked for.
+        id: Hash,
     },
     /// A move that would be a copy.
     #[error("{} lies on another file system than {}; write it into the data folder first.", .path.display(), .folder.display())]

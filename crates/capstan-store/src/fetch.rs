@@ -1,10 +1,12 @@
 //! Gets a shard from another node: checks the room, resumes what is there, verifies as it arrives, then publishes it.
 
+use std::collections::VecDeque;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use bao_tree::io::BaoContentItem;
+use bao_tree::{ChunkNum, ChunkRanges};
 use iroh::endpoint::{ConnectError, ConnectingError, Connection, ConnectionError};
 use iroh::{Endpoint, EndpointAddr, EndpointId};
 use iroh_blobs::get::fsm::{self, BlobContentNext, ConnectedNext, DecodeError};
@@ -13,10 +15,11 @@ use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 use crate::error::short;
-use crate::layout::{free_bytes, occupied_bytes};
+use crate::layout::occupied_bytes;
 use crate::partial::{Partial, WRITE_QUEUE};
+use crate::room::Reservation;
 use crate::serve::{BLOBS_ALPN, CLOSE_CHANGED, CLOSE_DONE, CLOSE_NOT_OFFERED, CLOSE_REFUSED, REASON_BYTES_MAX};
-use crate::store::{Inner, Store};
+use crate::store::Store;
 use crate::tree::PROGRESS_STEP_BYTES;
 use crate::{Hash, StoreError};
 
@@ -35,21 +38,37 @@ const RETRY_PAUSE: Duration = Duration::from_secs(1);
 /// Longest shard that is believed: a pebibyte, a thousand times the largest model known.
 const SHARD_BYTES_MAX: u64 = 1 << 50;
 
+/// Chunks of 1 KiB that one source is asked for at a time: 8 MiB, a tenth of a second of gigabit Ethernet, so that the
+/// faster of several takes more, and many times what a request costs.
+const SLICE_CHUNKS: u64 = 8 << 10;
+
 /// Room that a fetch leaves free on the disk, for logs and for the rest of the machine.
 pub(crate) const SPARE_BYTES: u64 = 64 << 20;
 
 impl Store {
-    /// Fetches a shard of `bytes` bytes from node `from` into `shards/` and returns its path.
-    ///
-    /// A shard that is there and verifies costs no network. What an earlier fetch left is hashed and kept, so
-    /// `progress(done, total)`, in bytes and called on the caller's task, starts with what was there. A broken
-    /// connection is tried again a few times. Dropping the future, a crash or an error leaves a resumable partial, and
-    /// nothing in `shards/`. The room on the disk is checked first, counting what other fetches still need; where it is
-    /// short, shards that nobody holds make way.
+    /// Fetches a shard of `bytes` bytes from node `from`; see [`Store::fetch_from`].
     pub async fn fetch(
         &self,
         endpoint: &Endpoint,
         from: EndpointAddr,
+        hash: Hash,
+        bytes: u64,
+        progress: impl FnMut(u64, u64) + Send,
+    ) -> Result<PathBuf, StoreError> {
+        self.fetch_from(endpoint, vec![from], hash, bytes, progress).await
+    }
+
+    /// Fetches a shard of `bytes` bytes from all these nodes at once into `shards/` and returns its path.
+    ///
+    /// A shard that is there and verifies costs no network. What an earlier fetch left is hashed and kept, so
+    /// `progress(done, total)`, in bytes and called on the caller's task, starts with what was there. A broken
+    /// connection is tried again a few times, and what one node does not send another does. Dropping the future, a crash
+    /// or an error leaves a resumable partial, and nothing in `shards/`. The room on the disk is checked first, counting
+    /// what other fetches still need; where it is short, shards that nobody holds make way.
+    pub async fn fetch_from(
+        &self,
+        endpoint: &Endpoint,
+        from: Vec<EndpointAddr>,
         hash: Hash,
         bytes: u64,
         mut progress: impl FnMut(u64, u64) + Send,
@@ -68,7 +87,7 @@ impl Store {
     async fn fetch_or_resume(
         &self,
         endpoint: &Endpoint,
-        from: EndpointAddr,
+        mut from: Vec<EndpointAddr>,
         hash: Hash,
         bytes: u64,
         progress: &mut (impl FnMut(u64, u64) + Send),
@@ -82,29 +101,40 @@ impl Store {
             progress(bytes, bytes);
             return Ok(path);
         }
-        let mut room = match self.reserve(&hash, bytes) {
-            Err(StoreError::DiskFull { missing_bytes, .. }) if self.drop_unused(missing_bytes).await? > 0 => {
-                self.reserve(&hash, bytes)?
-            }
-            other => other?,
-        };
+        let layout = &self.inner.layout;
+        let there = occupied_bytes(&layout.partial(&hash)) + occupied_bytes(&layout.partial_tree(&hash));
+        let mut room = self.room_for(Partial::disk_bytes(bytes).saturating_sub(there)).await?;
         let mut partial = self.blocking(move |store| Partial::open(&store.inner.layout, &hash, bytes, turn)).await?;
         progress(partial.have_bytes, bytes);
         let mut fruitless = 0;
         while !partial.is_complete() {
             let before = partial.have_bytes;
-            let mut result;
-            (partial, result) = self.receive(endpoint, &from, partial, &mut room, progress).await?;
-            if result.is_ok() && !partial.is_complete() {
-                let reason = "it sent less than was asked for".into();
-                result = Err(StoreError::SourceLost { node: from.id, reason });
+            let round;
+            (partial, round) = self.receive(endpoint, &from, partial, &mut room, progress).await?;
+            let mut lost = None;
+            for (node, result) in round {
+                let Err(error) = result else { continue };
+                if !error.is_retryable() {
+                    from.retain(|addr| addr.id != node);
+                }
+                tracing::info!(shard = %short(&hash), %error, "a source failed");
+                lost = Some(error);
             }
-            let Err(error) = result else { continue };
+            if partial.is_complete() {
+                break;
+            }
+            let error = match (lost, from.first()) {
+                (Some(error), _) => error,
+                (None, Some(addr)) => {
+                    let reason = "it sent less than was asked for".into();
+                    StoreError::SourceLost { node: addr.id, reason }
+                }
+                (None, None) => return Err(StoreError::NobodyHas { hash }),
+            };
             fruitless = if partial.have_bytes > before { 0 } else { fruitless + 1 };
-            if !error.is_retryable() || fruitless == FRUITLESS_TRIES_MAX {
+            if from.is_empty() || fruitless == FRUITLESS_TRIES_MAX {
                 return Err(error);
             }
-            tracing::info!(shard = %short(&hash), %error, "trying again");
             tokio::time::sleep(RETRY_PAUSE * (fruitless + 1)).await;
         }
         let path = self.blocking(move |store| publish(store, partial)).await?;
@@ -112,53 +142,107 @@ impl Store {
         Ok(path)
     }
 
-    /// One connection's worth of a transfer. The partial comes back also when the network failed.
+    /// One connection's worth from each source. The partial comes back also when the network failed, with how each fared.
     async fn receive(
         &self,
         endpoint: &Endpoint,
-        from: &EndpointAddr,
+        from: &[EndpointAddr],
         partial: Partial,
         room: &mut Reservation<'_>,
         progress: &mut (impl FnMut(u64, u64) + Send),
-    ) -> Result<(Partial, Result<(), StoreError>), StoreError> {
-        let (node, hash) = (from.id, partial.hash);
-        let connection = match timeout(CONNECT_MAX, endpoint.connect(from.clone(), BLOBS_ALPN)).await {
-            Ok(Ok(connection)) => connection,
-            Ok(Err(e)) => return Ok((partial, Err(connect_failure(e, node, hash)))),
-            Err(_) => {
-                let reason = format!("no answer in {} seconds", CONNECT_MAX.as_secs());
-                return Ok((partial, Err(StoreError::Unreachable { node, reason })));
-            }
-        };
-        let (bytes, have_bytes, missing) = (partial.bytes, partial.have_bytes, partial.missing());
+    ) -> Result<(Partial, Vec<(EndpointId, Result<(), StoreError>)>), StoreError> {
+        let (bytes, hash, have_bytes) = (partial.bytes, partial.hash, partial.have_bytes);
+        let slices = Mutex::new(slices(&partial.missing()));
         let (items, queue) = mpsc::channel(WRITE_QUEUE);
         let writer = self.inner.tracker.spawn_blocking(move || partial.receive(queue));
-        let mut arrived = |new: u64, total_new: u64| {
+        let meter = Mutex::new((have_bytes, room, progress));
+        let arrived = |new: u64| {
+            let mut meter = meter.lock().unwrap_or_else(PoisonError::into_inner);
+            let (so_far, room, progress) = &mut *meter;
+            *so_far += new;
             room.shrink(new);
-            progress((have_bytes + total_new).min(bytes), bytes);
+            progress((*so_far).min(bytes), bytes);
         };
-        let request = GetRequest::blob_ranges(hash.into(), missing);
-        let transfer = transfer(&connection, request, bytes, items, &mut arrived).await;
+        let take = |addr: &EndpointAddr| {
+            let (addr, items, slices, arrived) = (addr.clone(), items.clone(), &slices, &arrived);
+            async move {
+                let node = addr.id;
+                let taken = async {
+                    let connection = dial(endpoint, &addr, hash).await?;
+                    let mut result = Ok(());
+                    while let Some(ranges) = next_slice(slices) {
+                        let request = GetRequest::blob_ranges(hash.into(), ranges);
+                        let sent =
+                            transfer(&connection, request, bytes, items.clone(), &mut |new, _| arrived(new)).await;
+                        if let Err(failure) = sent {
+                            result = Err(failure.explain(&connection, node, hash, bytes));
+                            break;
+                        }
+                    }
+                    connection.close(CLOSE_DONE, b"done");
+                    result
+                };
+                (node, taken.await)
+            }
+        };
+        let round = futures::future::join_all(from.iter().map(take)).await;
+        drop(items);
         let (partial, written) = writer.await.map_err(|_| StoreError::Closed)?;
-        // A writer that failed is why the transfer stopped, so its error comes first.
-        let result = written.and_then(|()| transfer.map_err(|failure| failure.explain(&connection, node, hash, bytes)));
-        connection.close(CLOSE_DONE, b"done");
-        Ok((partial, result))
+        // A writer that failed is why the transfers stopped, so its error counts.
+        written?;
+        Ok((partial, round))
     }
+}
 
-    /// Sets disk space aside, or says how much is missing.
-    fn reserve(&self, hash: &Hash, bytes: u64) -> Result<Reservation<'_>, StoreError> {
-        let layout = &self.inner.layout;
-        let there = occupied_bytes(&layout.partial(hash)) + occupied_bytes(&layout.partial_tree(hash));
-        let needed = Partial::disk_bytes(bytes).saturating_sub(there);
-        let free = free_bytes(&layout.blobs).map_err(|e| StoreError::io("measure", &layout.blobs, e, 1))?;
-        let others = self.inner.reserved_bytes.fetch_add(needed, Ordering::Relaxed);
-        let reservation = Reservation { inner: &self.inner, bytes: needed };
-        let wanted = needed.saturating_add(others).saturating_add(SPARE_BYTES);
-        if needed > 0 && wanted > free {
-            return Err(StoreError::DiskFull { folder: layout.blobs.clone(), missing_bytes: wanted - free });
+/// Connects to a node that is to send a shard.
+pub(crate) async fn dial(endpoint: &Endpoint, to: &EndpointAddr, hash: Hash) -> Result<Connection, StoreError> {
+    match timeout(CONNECT_MAX, endpoint.connect(to.clone(), BLOBS_ALPN)).await {
+        Ok(Ok(connection)) => Ok(connection),
+        Ok(Err(e)) => Err(connect_failure(e, to.id, hash)),
+        Err(_) => {
+            let reason = format!("no answer in {} seconds", CONNECT_MAX.as_secs());
+            Err(StoreError::Unreachable { node: to.id, reason })
         }
-        Ok(reservation)
+    }
+}
+
+/// What is missing, in slices that sources take one after the other: the faster one takes more of them.
+fn slices(missing: &ChunkRanges) -> VecDeque<ChunkRanges> {
+    let mut slices = VecDeque::new();
+    let boundaries = missing.boundaries();
+    for pair in boundaries.chunks(2) {
+        let [start, end] = pair else {
+            // A range without an end is no range of a file; it is asked for as it is.
+            return VecDeque::from([missing.clone()]);
+        };
+        let mut at = *start;
+        while at < *end {
+            let next = ChunkNum(at.0.saturating_add(SLICE_CHUNKS)).min(*end);
+            slices.push_back(ChunkRanges::from(at..next));
+            at = next;
+        }
+    }
+    slices
+}
+
+fn next_slice(slices: &Mutex<VecDeque<ChunkRanges>>) -> Option<ChunkRanges> {
+    let mut slices = slices.lock().unwrap_or_else(PoisonError::into_inner);
+    // Small holes go together in one request.
+    let mut taken = slices.pop_front()?;
+    let mut chunks = count(&taken);
+    while let Some(next) = slices.front()
+        && chunks + count(next) <= SLICE_CHUNKS
+    {
+        chunks += count(next);
+        taken |= slices.pop_front().unwrap_or_else(ChunkRanges::empty);
+    }
+    Some(taken)
+}
+
+fn count(slice: &ChunkRanges) -> u64 {
+    match slice.boundaries() {
+        [start, end] => end.0 - start.0,
+        _ => SLICE_CHUNKS,
     }
 }
 
@@ -172,32 +256,8 @@ fn publish(store: &Store, partial: Partial) -> Result<PathBuf, StoreError> {
     Ok(path)
 }
 
-/// Disk space promised to one fetch; given back as it is used up, and at the end.
-struct Reservation<'a> {
-    inner: &'a Inner,
-    bytes: u64,
-}
-
-impl Reservation<'_> {
-    fn shrink(&mut self, used: u64) {
-        let used = used.min(self.bytes);
-        self.bytes -= used;
-        release(&self.inner.reserved_bytes, used);
-    }
-}
-
-impl Drop for Reservation<'_> {
-    fn drop(&mut self) {
-        release(&self.inner.reserved_bytes, self.bytes);
-    }
-}
-
-fn release(reserved: &AtomicU64, bytes: u64) {
-    reserved.fetch_sub(bytes, Ordering::Relaxed);
-}
-
 /// What ended a transfer, before the connection is asked why.
-enum Failure {
+pub(crate) enum Failure {
     Network(String),
     Silence,
     BadData,
@@ -207,7 +267,7 @@ enum Failure {
 }
 
 /// Asks for the ranges and passes the verified items on. `arrived(new, so far)` counts bytes of content.
-async fn transfer(
+pub(crate) async fn transfer(
     connection: &Connection,
     request: GetRequest,
     bytes: u64,
@@ -260,7 +320,7 @@ fn text(error: impl std::fmt::Display) -> Failure {
 impl Failure {
     /// The error for the caller. A source that closed the connection said why, and that counts more than the read that
     /// failed because of it.
-    fn explain(self, connection: &Connection, node: EndpointId, hash: Hash, bytes: u64) -> StoreError {
+    pub(crate) fn explain(self, connection: &Connection, node: EndpointId, hash: Hash, bytes: u64) -> StoreError {
         match self {
             Self::BadData => StoreError::Corrupt { node, hash },
             Self::WrongSize(actual_bytes) => StoreError::WrongSize { hash, expected_bytes: bytes, actual_bytes },

@@ -54,8 +54,29 @@ impl Layout {
         self.blobs.join(format!("{}.partial-tree", hex(hash)))
     }
 
+    /// A file that is being put together, by the name of what was asked for.
+    pub fn assembly(&self, id: &Hash) -> PathBuf {
+        self.blobs.join(format!("{}.assembly", hex(id)))
+    }
+
+    /// Which of its bytes are there.
+    pub fn assembly_done(&self, id: &Hash) -> PathBuf {
+        self.blobs.join(format!("{}.assembly-done", hex(id)))
+    }
+
+    /// Which shard it has become.
+    pub fn assembled(&self, id: &Hash) -> PathBuf {
+        self.blobs.join(format!("{}.assembled", hex(id)))
+    }
+
     pub fn shard(&self, hash: &Hash) -> PathBuf {
         self.shards.join(format!("{}.gguf", hex(hash)))
+    }
+
+    /// The shard that something put together has become, if it is there.
+    pub fn became(&self, id: &Hash) -> Option<Hash> {
+        let text = fs::read_to_string(self.assembled(id)).ok()?;
+        parse_hex(text.trim()).filter(|hash| self.shard(hash).exists())
     }
 
     /// Removes what a crash may have left in `blobs/`: unfinished files, and trees whose file is neither offered nor
@@ -68,6 +89,8 @@ impl Layout {
                 Some("tmp") => true,
                 Some("tree") => hash.is_some_and(|hash| !offered(&hash) && !self.shard(&hash).exists()),
                 Some("partial-tree") => hash.is_some_and(|hash| !self.partial(&hash).exists()),
+                Some("assembly-done") => hash.is_some_and(|id| !self.assembly(&id).exists()),
+                Some("assembled") => hash.is_some_and(|id| self.became(&id).is_none()),
                 _ => false,
             };
             if stale {

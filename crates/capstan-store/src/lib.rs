@@ -8,6 +8,8 @@
 //! <data>/blobs/lock                   one process a folder
 //! <data>/blobs/<hash>.tree            hash tree of a shard that can be served (0.4 % of its size)
 //! <data>/blobs/<hash>.partial         what has arrived of a shard so far, with its <hash>.partial-tree
+//! <data>/blobs/<id>.assembly          a file that is put together, with <id>.assembly-done, which of it is there, and
+//!                                     afterwards <id>.assembled, what it has become
 //! <data>/shards/<hash>.gguf           complete, verified shards and nothing else, for llama.cpp to map
 //! ```
 //!
@@ -23,27 +25,34 @@
 //! | `fetch` | get a shard from another node, resuming |
 //! | `serve` | answer other nodes, read-only, members only |
 //! | `partial` | a shard that is still arriving |
-//! | `room` | which shards are in use, and which go when the disk is full |
+//! | `assembly` | a file put together from bytes in parts here, in parts elsewhere, and at the source |
+//! | [`sha256`] | a SHA-256 that is handed on from node to node |
+//! | `room` | which shards are in use, which go when the disk is full, and the limit |
 //! | `tree` | hash trees: build, read a file against, encode from |
 //! | [`remote`] | models at a URL or on Hugging Face, by ranges |
 //! | `index` | the small file that remembers what was verified |
+//! | `ranges` | a set of byte ranges |
 //! | `layout` | paths, free space, file stamps, the lock |
 //! | `error` | what can go wrong, as sentences |
 #![forbid(unsafe_code)]
 
+mod assembly;
 mod error;
 mod fetch;
 mod index;
 mod layout;
 mod partial;
+mod ranges;
 pub mod remote;
 mod room;
 mod serve;
+pub mod sha256;
 mod store;
 mod tree;
 
 use std::path::PathBuf;
 
+pub use assembly::{AssemblyProgress, Sources, assembly_id};
 pub use error::StoreError;
 pub use room::Hold;
 pub use serve::{BLOBS_ALPN, ShardProtocol};

@@ -17,7 +17,7 @@ use std::path::PathBuf;
 use capstan_gguf::beginnings::{self, Beginning, FIRST_BYTES, Known};
 use capstan_gguf::{GgufError, Model};
 
-pub use http::Remote;
+pub use http::{Pieces, Remote, Resolved};
 pub use name::{ModelName, NameError, choose};
 
 /// A file of a model, elsewhere.
@@ -33,6 +33,21 @@ pub struct RemoteFile {
     pub bytes: Option<u64>,
     /// SHA-256 of its content, where the server has told: hexadecimal.
     pub sha256: Option<String>,
+    /// What the server calls this version of the file, where it has told.
+    pub etag: Option<String>,
+}
+
+/// A model elsewhere, as far as its headers say it.
+#[derive(Debug)]
+pub struct Headers {
+    /// The commit that its files are pinned to; none where there are no commits.
+    pub commit: Option<String>,
+    /// Its files, the first part first, with their sizes.
+    pub files: Vec<RemoteFile>,
+    /// The first bytes of each.
+    pub beginnings: Vec<Beginning>,
+    /// The model; its weights are not there.
+    pub model: Model,
 }
 
 /// Why a model elsewhere could not be read.
@@ -71,6 +86,23 @@ pub enum RemoteError {
         /// The status.
         status: u16,
     },
+    /// The server does not send parts of files.
+    #[error(
+        "{url} cannot be read in parts, so a pull could not be taken up again; download the file by other means, then \
+         pull file:PATH"
+    )]
+    NoRanges {
+        /// What was asked for.
+        url: String,
+    },
+    /// The file is not what it was when the pull began.
+    #[error("{url} has changed since the pull began ({what}); pull it anew, under the revision it has now")]
+    Changed {
+        /// What was asked for.
+        url: String,
+        /// What differs.
+        what: String,
+    },
     /// The server sent something that makes no sense.
     #[error("{url} answered with {what}")]
     Nonsense {
@@ -87,17 +119,34 @@ pub enum RemoteError {
     Gguf(#[from] GgufError),
 }
 
+impl RemoteError {
+    /// Whether asking again may help: the network or the server failed, not the name, the rules or the content.
+    pub fn is_retryable(&self) -> bool {
+        match self {
+            Self::Unreachable { .. } => true,
+            Self::Status { status, .. } => *status == 408 || *status == 429 || *status >= 500,
+            _ => false,
+        }
+    }
+}
+
 impl Remote {
     /// The model of a name, from its headers alone; its weights are not there.
     pub async fn model(&self, name: &ModelName) -> Result<Model, RemoteError> {
-        let known = self.files(name).await?;
+        Ok(self.headers(self.resolve(name).await?).await?.model)
+    }
+
+    /// What the first bytes of files say. Of a split model at a URL the other files are found by their names.
+    pub async fn headers(&self, resolved: Resolved) -> Result<Headers, RemoteError> {
+        let Resolved { commit, files: known } = resolved;
         let first = known.first().ok_or_else(|| nonsense(None, "no file"))?;
-        let (mut files, mut read) = (vec![first.clone()], vec![self.beginning(first).await?]);
+        let (file, beginning) = self.beginning(first).await?;
+        let (mut files, mut beginnings) = (vec![file], vec![beginning]);
         loop {
-            match beginnings::read(&read)? {
-                Known::Model(model) => return Ok(*model),
+            match beginnings::read(&beginnings)? {
+                Known::Model(model) => return Ok(Headers { commit, files, beginnings, model: *model }),
                 Known::More { file, bytes } => {
-                    let (Some(beginning), Some(file)) = (read.get_mut(file), files.get(file)) else {
+                    let (Some(beginning), Some(file)) = (beginnings.get_mut(file), files.get(file)) else {
                         return Err(nonsense(Some(first), "fewer files than the model has"));
                     };
                     let have = beginning.bytes.len() as u64;
@@ -107,7 +156,8 @@ impl Remote {
                     for path in others {
                         let file = known.iter().find(|f| f.path == path).cloned().or_else(|| first.beside(&path));
                         let file = file.ok_or_else(|| nonsense(Some(first), "a file without a name"))?;
-                        read.push(self.beginning(&file).await?);
+                        let (file, beginning) = self.beginning(&file).await?;
+                        beginnings.push(beginning);
                         files.push(file);
                     }
                 }
@@ -115,9 +165,10 @@ impl Remote {
         }
     }
 
-    async fn beginning(&self, file: &RemoteFile) -> Result<Beginning, RemoteError> {
-        let (bytes, file_bytes) = self.first(file, FIRST_BYTES).await?;
-        Ok(Beginning { path: file.path.clone(), bytes, file_bytes })
+    async fn beginning(&self, file: &RemoteFile) -> Result<(RemoteFile, Beginning), RemoteError> {
+        let (bytes, file) = self.first(file, FIRST_BYTES).await?;
+        let file_bytes = file.bytes.unwrap_or(0);
+        Ok((file.clone(), Beginning { path: file.path, bytes, file_bytes }))
     }
 }
 
@@ -127,7 +178,14 @@ impl RemoteFile {
         let mut url = reqwest::Url::parse(&self.url).ok()?;
         let name = path.file_name()?.to_str()?;
         url.path_segments_mut().ok()?.pop().push(name);
-        Some(Self { path: path.to_owned(), url: url.into(), on_hub: self.on_hub, bytes: None, sha256: None })
+        Some(Self {
+            path: path.to_owned(),
+            url: url.into(),
+            on_hub: self.on_hub,
+            bytes: None,
+            sha256: None,
+            etag: None,
+        })
     }
 }
 

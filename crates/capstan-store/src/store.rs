@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::UNIX_EPOCH;
 
+use futures::future::BoxFuture;
 use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -16,7 +17,7 @@ use crate::error::short;
 use crate::index::{Index, Offered};
 use crate::layout::{Layout, Stamp, remove_if_there, sync_folder};
 use crate::tree::{self, Report, Source};
-use crate::{Hash, Offer, Shard, StoreError};
+use crate::{Hash, Offer, Shard, StoreError, hex};
 
 /// A node's shards and offers, in one data folder. Clones share everything.
 ///
@@ -27,7 +28,9 @@ pub struct Store {
     pub(crate) inner: Arc<Inner>,
 }
 
-#[derive(Debug)]
+/// Says whether a shard may be deleted to make room.
+pub(crate) type MayGo = Arc<dyn Fn(Hash) -> BoxFuture<'static, bool> + Send + Sync>;
+
 pub(crate) struct Inner {
     pub layout: Layout,
     /// Tells transfers and long reads to end.
@@ -36,9 +39,19 @@ pub(crate) struct Inner {
     pub tracker: TaskTracker,
     /// Disk space promised to fetches that are under way, in bytes.
     pub reserved_bytes: AtomicU64,
+    /// Most bytes that the store may take; `u64::MAX` is what the disk has.
+    pub limit_bytes: AtomicU64,
+    /// See [`Store::ask_before_deleting`].
+    pub may_go: Mutex<Option<MayGo>>,
     state: Mutex<State>,
     folder_lock: Mutex<Option<File>>,
     temporary_names: AtomicU64,
+}
+
+impl std::fmt::Debug for Inner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Inner").field("layout", &self.layout).finish_non_exhaustive()
+    }
 }
 
 #[derive(Debug)]
@@ -76,6 +89,8 @@ impl Store {
             stop: CancellationToken::new(),
             tracker: TaskTracker::new(),
             reserved_bytes: AtomicU64::new(0),
+            limit_bytes: AtomicU64::new(u64::MAX),
+            may_go: Mutex::default(),
             state: Mutex::new(state),
             folder_lock: Mutex::new(Some(folder_lock)),
             temporary_names: AtomicU64::new(0),
@@ -129,7 +144,17 @@ impl Store {
 
     /// Hashes a finished file and moves it into `shards/`: from then on it is local and served, as if fetched. The
     /// file must lie on the data folder's file system, since a move must not become a copy.
-    pub async fn adopt(&self, path: &Path, mut progress: impl FnMut(u64, u64) + Send) -> Result<Offer, StoreError> {
+    pub async fn adopt(&self, path: &Path, progress: impl FnMut(u64, u64) + Send) -> Result<Offer, StoreError> {
+        self.adopt_noting(path, None, progress).await
+    }
+
+    /// The same; its hash is written to `note` before it is moved, so that a crash between the two loses nothing.
+    pub(crate) async fn adopt_noting(
+        &self,
+        path: &Path,
+        note: Option<PathBuf>,
+        mut progress: impl FnMut(u64, u64) + Send,
+    ) -> Result<Offer, StoreError> {
         self.alive()?;
         let path = path.to_path_buf();
         let (store, file) = (self.clone(), path.clone());
@@ -139,6 +164,9 @@ impl Store {
         self.blocking(move |store| {
             let shard = store.inner.layout.shard(&hash);
             store.place_tree(&temporary, &hash)?;
+            if let Some(note) = note {
+                fs::write(&note, hex(&hash)).map_err(|e| StoreError::io("write", &note, e, 1))?;
+            }
             fs::rename(&path, &shard).map_err(|e| match e.kind() {
                 io::ErrorKind::CrossesDevices => {
                     StoreError::OtherFileSystem { path: path.clone(), folder: store.inner.layout.shards.clone() }
@@ -146,6 +174,10 @@ impl Store {
                 _ => StoreError::io("move", &path, e, 1),
             })?;
             sync_folder(&store.inner.layout.shards).map_err(|e| StoreError::io("sync", &shard, e, 1))?;
+            // What had arrived of it otherwise is not needed any more.
+            for path in [store.inner.layout.partial(&hash), store.inner.layout.partial_tree(&hash)] {
+                remove_if_there(&path).map_err(|e| StoreError::io("remove", &path, e, 1))?;
+            }
             store.record(&hash, stamp)?;
             Ok(Offer { hash, bytes: stamp.bytes })
         })
@@ -194,7 +226,14 @@ impl Store {
     pub(crate) fn remove_files(&self, hash: &Hash) -> Result<bool, StoreError> {
         let layout = &self.inner.layout;
         let mut had = false;
-        for path in [layout.shard(hash), layout.partial(hash), layout.partial_tree(hash)] {
+        let files = [
+            layout.shard(hash),
+            layout.partial(hash),
+            layout.partial_tree(hash),
+            layout.assembly(hash),
+            layout.assembly_done(hash),
+        ];
+        for path in files {
             had |= remove_if_there(&path).map_err(|e| StoreError::io("remove", &path, e, 1))?;
         }
         self.drop_tree_if_unused(hash)?;
@@ -374,7 +413,7 @@ impl Store {
     }
 
     /// Long blocking work with progress, which ends when the caller goes away or the store shuts down.
-    async fn work<T: Send + 'static>(
+    pub(crate) async fn work<T: Send + 'static>(
         &self,
         total: u64,
         progress: &mut (impl FnMut(u64, u64) + Send),
@@ -401,6 +440,6 @@ impl Drop for Temporary {
 }
 
 /// The data behind these locks is replaced whole, so a panic elsewhere cannot leave it half-changed.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

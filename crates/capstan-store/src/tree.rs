@@ -119,6 +119,15 @@ pub(crate) fn valid(data: &File, tree: &FileTree) -> io::Result<(ChunkRanges, u6
     Ok((ranges, valid_bytes))
 }
 
+/// Which of the wanted chunks are right. Reads only these.
+pub(crate) fn valid_in(data: &File, tree: &FileTree, wanted: &ChunkRanges) -> io::Result<ChunkRanges> {
+    let mut right = ChunkRanges::empty();
+    for range in valid_ranges(tree, data, wanted) {
+        right |= ChunkRanges::from(range?);
+    }
+    Ok(right)
+}
+
 /// A file that may be served: data, tree, and the stamp it had when the tree was built.
 #[derive(Debug, Clone)]
 pub(crate) struct Source {
@@ -210,7 +219,7 @@ pub(crate) struct Report {
 }
 
 impl Report {
-    fn is_stopped(&self) -> bool {
+    pub(crate) fn is_stopped(&self) -> bool {
         self.done.is_closed() || (self.stopped)()
     }
 }

@@ -244,6 +244,32 @@ async fn a_broken_connection_is_made_anew_and_goes_on() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn several_nodes_send_one_shard_and_make_up_for_one_that_lies() {
+    let f = folders();
+    let content = write_random(&f.file, SIZE, 8);
+    let (a, c) = (Node::start(&f.source.join("a")).await, Node::start(&f.source.join("c")).await);
+    let offer = a.store.offer(&f.file, |_, _| {}).await.expect("the file is offered");
+    let copy = f.source.join("copy.gguf");
+    fs::copy(&f.file, &copy).expect("a copy");
+    c.store.offer(&copy, |_, _| {}).await.expect("the copy is offered");
+    let liar = Node::start_with(&f.source.join("liar"), |_| Liar).await;
+    let b = Node::start(&f.target).await;
+    // The second copy is taken away in the middle; the liar is found out at once.
+    let mut seen = Vec::new();
+    let progress = |done: u64, _| {
+        if seen.is_empty() {
+            fs::write(&copy, b"gone").expect("the copy is overwritten");
+        }
+        seen.push(done);
+    };
+    let from = vec![liar.address(), c.address(), a.address()];
+    let path = b.store.fetch_from(b.endpoint(), from, offer.hash, SIZE, progress).await.expect("it arrives");
+    assert!(fs::read(path).expect("the shard") == content && rising(&seen), "{seen:?}");
+    let none = b.store.fetch_from(b.endpoint(), vec![], [3; 32], SIZE, |_, _| {}).await;
+    assert!(matches!(none, Err(StoreError::NobodyHas { .. })), "{none:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn strangers_and_writers_are_refused() {
     let f = folders();
     write_random(&f.file, SIZE, 4);

@@ -4,7 +4,9 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::commands::{bench, cluster, compute, doctor, key, lifecycle, models, pair, plan, rehearse, run, settings};
+use crate::commands::{
+    bench, cluster, compute, disk, doctor, key, lifecycle, models, pair, plan, pull, rehearse, run, settings,
+};
 use crate::config::{Auto, Listen, LogFormat, Switch, parse};
 
 const EXAMPLES: &str = "\
@@ -12,6 +14,7 @@ Examples:
   capstan up                                   start this machine's daemon
   capstan join CODE                            on another machine: join its cluster
   capstan load model.gguf --nodes alpha,beta   serve a model on two nodes
+  capstan pull hf:OWNER/REPO:Q4_K_M            bring one from Hugging Face, to each node its layers
   capstan run model \"Why is the sky blue?\"     ask it
   capstan status                               nodes, models and stages
   capstan plan kimi-k2.5                       how many machines, and how fast, before you buy any
@@ -83,6 +86,10 @@ pub struct NodeFlags {
     /// Memory that stages may take, such as 96GiB, or `auto` for what is free [env: CAPSTAN_MEMORY_LIMIT] [default: auto]
     #[arg(long, value_name = "SIZE", value_parser = parse::auto_size)]
     pub memory_limit: Option<Auto<u64>>,
+    /// Disk space that models and shards may take, such as 500GB, or `auto` for what is free [env: CAPSTAN_DISK_LIMIT]
+    /// [default: auto]
+    #[arg(long, value_name = "SIZE", value_parser = parse::auto_size)]
+    pub disk_limit: Option<Auto<u64>>,
     /// Layers of a stage to put on a GPU; -1 is all [env: CAPSTAN_GPU_LAYERS] [default: -1]
     #[arg(long, value_name = "N", value_parser = parse::integer, allow_negative_numbers = true)]
     pub gpu_layers: Option<i32>,
@@ -142,6 +149,18 @@ pub enum Command {
     /// Stop serving a model
     #[command(after_help = models::UNLOAD_EXAMPLES)]
     Unload(models::UnloadArgs),
+    /// Bring a model into the cluster, from Hugging Face, an address or a file
+    #[command(after_help = pull::EXAMPLES)]
+    Pull(pull::PullArgs),
+    /// Show the models that were pulled, and who has which layers
+    #[command(after_help = disk::MODELS_EXAMPLES)]
+    Models,
+    /// Verify, remove or export a model that was pulled
+    #[command(after_help = disk::MODEL_EXAMPLES)]
+    Model(disk::ModelArgs),
+    /// Show what lies on each node's disk
+    #[command(after_help = disk::DISK_EXAMPLES)]
+    Disk,
     /// Chat with a model in the terminal, loading it if need be
     #[command(after_help = run::EXAMPLES)]
     Run(run::RunArgs),

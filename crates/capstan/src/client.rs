@@ -6,6 +6,7 @@ use std::time::Duration;
 use capstan_proto::keys::{KeyInfo, NewKey};
 use capstan_proto::manage::{ClusterStatus, LoadEvent, LoadRequest, TicketReply};
 use capstan_proto::pairing::{NearbyNode, PairingReply};
+use capstan_proto::weights::{ModelOutcome, ModelStatus, NodeDisk, PullEvent, PullRequest};
 use reqwest::{Method, Response, StatusCode};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -19,6 +20,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 const QUICK_TIMEOUT: Duration = Duration::from_secs(15);
 /// How long a call may take that has to reach other nodes, or waits for processes to end.
 const SLOW_TIMEOUT: Duration = Duration::from_secs(120);
+/// How long a call may take that reads a whole model on all nodes: terabytes from slow disks.
+const DISK_TIMEOUT: Duration = Duration::from_secs(8 * 3600);
 /// Largest reply that is no stream, in bytes: a status of the largest cluster has about one million.
 const REPLY_BYTES_MAX: usize = 16 << 20;
 
@@ -189,6 +192,29 @@ impl Client {
         Ok(LoadEvents(self.stream(response)))
     }
 
+    /// Starts a pull, or watches one that is under way; its events follow one by one.
+    pub async fn pull(&self, request: &PullRequest) -> Result<PullEvents, ClientError> {
+        let body = serde_json::to_value(request).map_err(|e| ClientError::Malformed(e.to_string()))?;
+        let response = self.send(Method::POST, "/capstan/v1/pull", Some(body), None).await?;
+        Ok(PullEvents(self.stream(response)))
+    }
+
+    /// The models that were pulled.
+    pub async fn models(&self) -> Result<Vec<ModelStatus>, ClientError> {
+        self.call(Method::GET, "/capstan/v1/models", None, QUICK_TIMEOUT).await
+    }
+
+    /// Verifies, removes or exports a model that was pulled: it takes as long as reading it.
+    pub async fn act_on_model(&self, act: &str, name: &str, path: Option<&str>) -> Result<ModelOutcome, ClientError> {
+        let body = json!({ "name": name, "path": path });
+        self.call(Method::POST, &format!("/capstan/v1/models/{act}"), Some(body), DISK_TIMEOUT).await
+    }
+
+    /// What lies on which disk.
+    pub async fn disk(&self) -> Result<Vec<NodeDisk>, ClientError> {
+        self.call(Method::GET, "/capstan/v1/disk", None, QUICK_TIMEOUT).await
+    }
+
     /// Asks for a whole completion.
     pub async fn complete(&self, body: Value, timeout: Duration) -> Result<Value, ClientError> {
         self.call(Method::POST, "/v1/completions", Some(body), timeout).await
@@ -308,7 +334,24 @@ pub struct LoadEvents(LineStream);
 impl LoadEvents {
     /// The next event; none at the end. Kinds that a newer daemon may add are passed over.
     pub async fn next(&mut self) -> Result<Option<LoadEvent>, ClientError> {
-        while let Some(line) = self.0.next_line().await? {
+        self.0.next_event().await
+    }
+}
+
+/// The events of a pull, as they come.
+#[derive(Debug)]
+pub struct PullEvents(LineStream);
+
+impl PullEvents {
+    /// The next event; none at the end. Kinds that a newer daemon may add are passed over.
+    pub async fn next(&mut self) -> Result<Option<PullEvent>, ClientError> {
+        self.0.next_event().await
+    }
+}
+
+impl LineStream {
+    async fn next_event<T: DeserializeOwned>(&mut self) -> Result<Option<T>, ClientError> {
+        while let Some(line) = self.next_line().await? {
             if line.trim().is_empty() {
                 continue;
             }
@@ -320,7 +363,7 @@ impl LoadEvents {
                     if let Some(message) = value.pointer("/error/message").and_then(Value::as_str) {
                         return Err(ClientError::Refused { status: 500, message: crate::view::plain_text(message) });
                     }
-                    tracing::debug!("an event of a load was not understood and passed over: {e}");
+                    tracing::debug!("an event was not understood and passed over: {e}");
                 }
             }
         }

@@ -25,7 +25,7 @@ const CONFIG_BYTES_MAX: u64 = 1 << 20;
 const SIMILARITY_MIN: f64 = 0.7;
 
 /// The settings, by the name they have in the config file. Flag and variable follow from it.
-pub const KEYS: [&str; 18] = [
+pub const KEYS: [&str; 19] = [
     "data_dir",
     "name",
     "api_addr",
@@ -35,6 +35,7 @@ pub const KEYS: [&str; 18] = [
     "no_mdns",
     "threads",
     "memory_limit",
+    "disk_limit",
     "gpu_layers",
     "measure",
     "ctx",
@@ -234,6 +235,8 @@ pub struct Config {
     pub threads: Setting<Auto<u32>>,
     /// Bytes that stages may take.
     pub memory_limit: Setting<Auto<u64>>,
+    /// Bytes that models and shards may take on the disk.
+    pub disk_limit: Setting<Auto<u64>>,
     /// Layers of a stage on a GPU; negative is all.
     pub gpu_layers: Setting<i32>,
     /// Whether the daemon measures its machine and links.
@@ -307,6 +310,7 @@ impl Config {
             no_mdns: from.pick("no_mdns", node.no_mdns, parse::yes_no, || Ok(false))?,
             threads: from.pick("threads", node.threads, parse::auto_count, || Ok(Auto(None)))?,
             memory_limit: from.pick("memory_limit", node.memory_limit, parse::auto_size, || Ok(Auto(None)))?,
+            disk_limit: from.pick("disk_limit", node.disk_limit, parse::auto_size, || Ok(Auto(None)))?,
             gpu_layers: from.pick("gpu_layers", node.gpu_layers, parse::integer, || Ok(-1))?,
             measure: from.pick("measure", node.measure, parse::auto_off, || Ok(Switch::Auto))?,
             ctx: from.pick("ctx", model.ctx, parse::auto_count, || Ok(Auto(None)))?,
@@ -342,6 +346,7 @@ impl Config {
             show("no_mdns", &self.no_mdns, self.no_mdns.value),
             show("threads", &self.threads, self.threads.value.0),
             show("memory_limit", &self.memory_limit, self.memory_limit.value.0),
+            show("disk_limit", &self.disk_limit, self.disk_limit.value.0),
             show("gpu_layers", &self.gpu_layers, self.gpu_layers.value),
             show("measure", &self.measure, self.measure.value.word()),
             show("ctx", &self.ctx, self.ctx.value.0),

@@ -1,5 +1,6 @@
 //! A node that answers from a script: the model's name says what happens.
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
@@ -15,6 +16,7 @@ use capstan_proto::manage::{
     ClusterStatus, DeploymentStatus, Health, LoadEvent, LoadRequest, ManageError, NodeStatus, TicketReply,
 };
 use capstan_proto::pairing::{NearbyNode, PairingReply};
+use capstan_proto::weights::{ModelOutcome, ModelStatus, NodeDisk, PullEvent, PullRequest};
 use capstan_proto::{ClusterId, DeploymentId, Epoch, NodeId};
 use tokio::sync::{mpsc, oneshot};
 
@@ -199,6 +201,39 @@ impl Service for Fake {
     async fn stop(&self) {}
 
     async fn stop_now(&self) {}
+}
+
+#[async_trait]
+impl capstan_node::Weights for Fake {
+    async fn pull(&self, request: PullRequest) -> Result<mpsc::Receiver<PullEvent>, ManageError> {
+        if request.source.is_empty() {
+            return Err(ManageError::new(400, "the source is empty; name a model"));
+        }
+        let (sender, receiver) = mpsc::channel(2);
+        sender.try_send(PullEvent::Verifying { done_bytes: 1, total_bytes: 2 }).unwrap();
+        sender.try_send(PullEvent::Failed { message: "the disk is full".into() }).unwrap();
+        Ok(receiver)
+    }
+
+    async fn models(&self) -> Vec<ModelStatus> {
+        Vec::new()
+    }
+
+    async fn verify_model(&self, name: String) -> Result<ModelOutcome, ManageError> {
+        Ok(ModelOutcome { name, done: vec!["read".into()], trouble: vec![] })
+    }
+
+    async fn remove_model(&self, name: String) -> Result<ModelOutcome, ManageError> {
+        Err(ManageError::new(404, format!("{name} is not in the catalogue")))
+    }
+
+    async fn export_model(&self, name: String, path: PathBuf) -> Result<ModelOutcome, ManageError> {
+        Ok(ModelOutcome { name, done: vec![path.display().to_string()], trouble: vec![] })
+    }
+
+    async fn disk(&self) -> Vec<NodeDisk> {
+        Vec::new()
+    }
 }
 
 /// A served fake node; it stops when this is dropped.

@@ -8,6 +8,7 @@ use capstan_store::Hold;
 use super::{Coordinator, Message, QUEUE};
 use crate::cutter::CANCELLED;
 use crate::node::Shared;
+use crate::supply;
 use crate::throttle::Throttle;
 
 /// A file that is there for its stage.
@@ -73,6 +74,7 @@ impl Coordinator {
         supply.cutting = true;
         let (shared, outbox, stop) = (self.shared.clone(), self.outbox.clone(), self.cuts_stop.clone());
         let layout = self.displacing.layout;
+        let node = self.stages[i].plan.node;
         tokio::spawn(async move {
             let progress = || {
                 let (outbox, mut throttle) = (outbox.clone(), Throttle::default());
@@ -84,6 +86,14 @@ impl Coordinator {
                 }
             };
             let cut = async {
+                if model.elsewhere {
+                    let shard = tokio::select! {
+                        shard = supply::shard(&shared, &model, range, node, progress()) => shard?,
+                        () = stop.cancelled() => return Err(CANCELLED.into()),
+                    };
+                    shared.cutter.remember(&model, range, shard);
+                    return Ok(Cut { shard, offered: None, _hold: here.then(|| shared.store.hold(&shard.hash)) });
+                }
                 let path = shared.cutter.cut(blueprint.id, &model, range, &shared.store, &stop, progress()).await?;
                 // To adopt is to move, which nobody's model may be.
                 let adopted = here && shared.cutter.made(&path);
@@ -109,6 +119,7 @@ impl Coordinator {
                 let shard = ShardRef { hash: offer.hash, bytes: offer.bytes };
                 let hold = adopted.then(|| shared.store.hold(&shard.hash));
                 shared.cutter.remember(&model, range, shard);
+                supply::note(&shared, &model, range, shard);
                 let cut = Cut { shard, offered: (!adopted).then_some(path), _hold: hold };
                 if stop.is_cancelled() {
                     cut.discard(&shared).await;

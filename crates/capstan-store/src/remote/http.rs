@@ -4,7 +4,7 @@ use std::time::Duration;
 use futures::StreamExt;
 use hf_hub::api::tokio::{Api, ApiBuilder};
 use hf_hub::{Repo, RepoType};
-use reqwest::header::{CONTENT_RANGE, RANGE};
+use reqwest::header::{CONTENT_RANGE, ETAG, RANGE};
 use reqwest::{Client, Response, StatusCode};
 use serde::Deserialize;
 
@@ -14,17 +14,37 @@ use super::{ModelName, RemoteError, RemoteFile, choose};
 const REVISION: &str = "main";
 /// Largest list of a repository's files, in bytes: ten thousand files with their hashes.
 const LIST_BYTES_MAX: u64 = 16 << 20;
+/// Longest tag of a file's version that is compared, in bytes; the usual ones are hashes.
+const TAG_BYTES_MAX: usize = 256;
 /// Most time until a server begins to answer, and between two pieces of an answer.
 const SILENCE_MAX: Duration = Duration::from_secs(30);
+
+/// Failures in a row after which a patient reader gives up.
+const TRIES: u32 = 7;
+/// Its pause after the first of them; it doubles each time up to [`PAUSE_MAX`]. All together half a minute.
+const PAUSE: Duration = Duration::from_millis(250);
+/// See [`PAUSE`].
+const PAUSE_MAX: Duration = Duration::from_secs(10);
 
 /// Reads models that are elsewhere.
 pub struct Remote {
     client: Client,
     hub: Api,
+    tries: u32,
+}
+
+/// What a name means: files at one version.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Resolved {
+    /// The commit that the files are pinned to; none where there are no commits.
+    pub commit: Option<String>,
+    /// The files of the model, the first part first. Of a split model at a URL only that is known.
+    pub files: Vec<RemoteFile>,
 }
 
 #[derive(Deserialize)]
 struct Listing {
+    sha: Option<String>,
     siblings: Vec<Sibling>,
 }
 
@@ -63,17 +83,34 @@ impl Remote {
         let hub = builder.with_progress(false).with_user_agent("capstan", env!("CARGO_PKG_VERSION")).build();
         // Addresses elsewhere must not learn the token.
         let client = Client::builder().connect_timeout(SILENCE_MAX).read_timeout(SILENCE_MAX).build();
-        Ok(Self { client: client.map_err(|e| bad(&e))?, hub: hub.map_err(|e| bad(&e))? })
+        Ok(Self { client: client.map_err(|e| bad(&e))?, hub: hub.map_err(|e| bad(&e))?, tries: 1 })
     }
 
-    /// The files of a model, the first part first. Of a split model at a URL only that is known.
-    pub async fn files(&self, name: &ModelName) -> Result<Vec<RemoteFile>, RemoteError> {
+    /// The same, which asks again for half a minute where the server or the line fails: for work that nobody waits for.
+    pub fn patient(self) -> Self {
+        Self { tries: TRIES, ..self }
+    }
+
+    /// Whether to ask again after a failure; pauses before.
+    async fn asks_again(&self, tries: &mut u32, error: &RemoteError) -> bool {
+        *tries += 1;
+        let again = error.is_retryable() && *tries < self.tries;
+        if again {
+            tracing::info!(%error, "asking again");
+            tokio::time::sleep((PAUSE * 2u32.saturating_pow(*tries - 1)).min(PAUSE_MAX)).await;
+        }
+        again
+    }
+
+    /// What a name means now. A branch or tag is pinned to the commit that it points to.
+    pub async fn resolve(&self, name: &ModelName) -> Result<Resolved, RemoteError> {
         let (repo, quantisation, revision) = match name {
             ModelName::Hub { repo, quantisation, revision } => (repo, quantisation, revision),
             ModelName::Url(url) => {
                 let path =
                     reqwest::Url::parse(url).map(|u| u.path().trim_start_matches('/').into()).unwrap_or_default();
-                return Ok(vec![RemoteFile { path, url: url.clone(), on_hub: false, bytes: None, sha256: None }]);
+                let file = RemoteFile { path, url: url.clone(), on_hub: false, bytes: None, sha256: None, etag: None };
+                return Ok(Resolved { commit: None, files: vec![file] });
             }
             ModelName::File(path) => {
                 let url = path.display().to_string();
@@ -83,23 +120,58 @@ impl Remote {
         let revision = revision.as_deref().unwrap_or(REVISION);
         let hub = self.hub.repo(Repo::with_revision(repo.clone(), RepoType::Model, revision.to_owned()));
         let url = format!("hf:{repo}@{revision}");
-        let asked = hub.info_request().query(&[("blobs", "true")]).send();
-        let response = checked(&url, within(&url, asked).await?)?;
-        let body = body(&url, response, LIST_BYTES_MAX, true).await?;
+        let mut tries = 0;
+        let body = loop {
+            let asked = hub.info_request().query(&[("blobs", "true")]).send();
+            match listing(&url, asked).await {
+                Ok(body) => break body,
+                Err(error) => {
+                    if !self.asks_again(&mut tries, &error).await {
+                        return Err(error);
+                    }
+                }
+            }
+        };
         let listing: Listing = serde_json::from_slice(&body)
             .map_err(|e| RemoteError::Nonsense { url, what: format!("no list of files ({e})") })?;
+        let commit = listing.sha.filter(|sha| is_plain(sha));
+        let pinned = commit.as_deref().unwrap_or(revision);
+        let hub = self.hub.repo(Repo::with_revision(repo.clone(), RepoType::Model, pinned.to_owned()));
         let file = |s: Sibling| RemoteFile {
             url: hub.url(&s.rfilename),
             on_hub: true,
             path: s.rfilename.into(),
             bytes: s.size,
             sha256: s.lfs.and_then(|l| l.sha256),
+            etag: None,
         };
-        Ok(choose(repo, quantisation.as_deref(), listing.siblings.into_iter().map(file).collect())?)
+        let files = choose(repo, quantisation.as_deref(), listing.siblings.into_iter().map(file).collect())?;
+        Ok(Resolved { commit, files })
     }
 
-    /// The first bytes of a file, at most so many, and its size.
-    pub async fn first(&self, file: &RemoteFile, len: u64) -> Result<(Vec<u8>, u64), RemoteError> {
+    /// Whether an address is the hub's, who may be shown the token.
+    pub fn is_hub(&self, url: &str) -> bool {
+        let origin = |u: &str| reqwest::Url::parse(u).ok().map(|u| u.origin());
+        let base = self.hub.model("o/r".into()).url("f");
+        origin(url).is_some_and(|theirs| origin(&base) == Some(theirs))
+    }
+
+    /// The first bytes of a file, at most so many, and what the answer says of the file.
+    pub async fn first(&self, file: &RemoteFile, len: u64) -> Result<(Vec<u8>, RemoteFile), RemoteError> {
+        let mut tries = 0;
+        loop {
+            match self.first_once(file, len).await {
+                Err(error) => {
+                    if !self.asks_again(&mut tries, &error).await {
+                        return Err(error);
+                    }
+                }
+                first => return first,
+            }
+        }
+    }
+
+    async fn first_once(&self, file: &RemoteFile, len: u64) -> Result<(Vec<u8>, RemoteFile), RemoteError> {
         let response = self.ask(file, 0, len).await?;
         let size = match response.status() {
             StatusCode::PARTIAL_CONTENT => total(&response),
@@ -108,11 +180,57 @@ impl Remote {
         };
         let what = || RemoteError::Nonsense { url: file.url.clone(), what: "no size of the file".into() };
         let size = size.or(file.bytes).ok_or_else(what)?;
-        Ok((body(&file.url, response, len, false).await?, size))
+        if file.bytes.is_some_and(|listed| listed != size) {
+            let what = format!("a file of {size} bytes, where its list of files says {}", file.bytes.unwrap_or(0));
+            return Err(RemoteError::Nonsense { url: file.url.clone(), what });
+        }
+        let etag = etag(&response).or_else(|| file.etag.clone());
+        let bytes = body(&file.url, response, len, false).await?;
+        Ok((bytes, RemoteFile { bytes: Some(size), etag, ..file.clone() }))
+    }
+
+    /// `len` bytes of a file from `from` on, piece by piece as they come. The server has to know ranges, and the file has
+    /// to be the one whose size and tag are given.
+    pub async fn pieces(&self, file: &RemoteFile, from: u64, len: u64) -> Result<Pieces, RemoteError> {
+        let response = self.ask(file, from, len).await?;
+        let url = file.url.clone();
+        if response.status() != StatusCode::PARTIAL_CONTENT {
+            return Err(RemoteError::NoRanges { url });
+        }
+        let (begins, size) = (start(&response), total(&response));
+        if let (Some(size), Some(known)) = (size, file.bytes)
+            && size != known
+        {
+            return Err(RemoteError::Changed { url, what: format!("it has {size} bytes instead of {known}") });
+        }
+        // Behind a redirect the tag may be another server's and differ from answer to answer; the hash tells then.
+        if let (None, Some(now), Some(known)) = (&file.sha256, etag(&response), &file.etag)
+            && now != *known
+        {
+            return Err(RemoteError::Changed { url, what: format!("it is {now} instead of {known}") });
+        }
+        if begins != Some(from) {
+            return Err(RemoteError::Nonsense { url, what: "another range than it was asked for".into() });
+        }
+        Ok(Pieces { url, left: len, stream: Box::pin(response.bytes_stream()) })
     }
 
     /// `len` bytes of a file from `from` on.
     pub async fn range(&self, file: &RemoteFile, from: u64, len: u64) -> Result<Vec<u8>, RemoteError> {
+        let mut tries = 0;
+        loop {
+            match self.range_once(file, from, len).await {
+                Err(error) => {
+                    if !self.asks_again(&mut tries, &error).await {
+                        return Err(error);
+                    }
+                }
+                range => return range,
+            }
+        }
+    }
+
+    async fn range_once(&self, file: &RemoteFile, from: u64, len: u64) -> Result<Vec<u8>, RemoteError> {
         let response = self.ask(file, from, len).await?;
         let whole = response.status() != StatusCode::PARTIAL_CONTENT;
         let skip = if whole { from } else { 0 };
@@ -132,6 +250,44 @@ impl Remote {
         let asked = client.get(&file.url).header(RANGE, format!("bytes={from}-{last}")).send();
         checked(&file.url, within(&file.url, asked).await?)
     }
+}
+
+/// The bytes of a range, as they come.
+pub struct Pieces {
+    url: String,
+    left: u64,
+    stream: std::pin::Pin<Box<dyn futures::Stream<Item = reqwest::Result<bytes::Bytes>> + Send>>,
+}
+
+impl Pieces {
+    /// The next bytes; none when all have come. A stream that ends before is an error, and so is one that does not end.
+    pub async fn next(&mut self) -> Result<Option<bytes::Bytes>, RemoteError> {
+        if self.left == 0 {
+            return Ok(None);
+        }
+        let next = tokio::time::timeout(SILENCE_MAX, self.stream.next()).await.map_err(|_| silent(&self.url))?;
+        let cut = || RemoteError::Unreachable {
+            url: self.url.clone(),
+            reason: format!("the connection ended {} bytes too early", self.left),
+        };
+        let piece = next.ok_or_else(cut)?.map_err(|e| unreachable(&self.url, &e))?;
+        if piece.len() as u64 > self.left {
+            let what = "more bytes than it was asked for".into();
+            return Err(RemoteError::Nonsense { url: self.url.clone(), what });
+        }
+        self.left -= piece.len() as u64;
+        Ok(Some(piece))
+    }
+}
+
+/// Text that may stand in an address.
+fn is_plain(sha: &str) -> bool {
+    !sha.is_empty() && sha.len() <= 64 && sha.bytes().all(|b| b.is_ascii_alphanumeric())
+}
+
+async fn listing(url: &str, asked: impl Future<Output = reqwest::Result<Response>>) -> Result<Vec<u8>, RemoteError> {
+    let response = checked(url, within(url, asked).await?)?;
+    body(url, response, LIST_BYTES_MAX, true).await
 }
 
 async fn within(url: &str, asked: impl Future<Output = reqwest::Result<Response>>) -> Result<Response, RemoteError> {
@@ -154,6 +310,18 @@ fn checked(url: &str, response: Response) -> Result<Response, RemoteError> {
 /// The size of the whole file, as an answer with a part of it says.
 fn total(response: &Response) -> Option<u64> {
     response.headers().get(CONTENT_RANGE)?.to_str().ok()?.rsplit('/').next()?.parse().ok()
+}
+
+/// Where the part of a file that an answer holds begins.
+fn start(response: &Response) -> Option<u64> {
+    let range = response.headers().get(CONTENT_RANGE)?.to_str().ok()?.strip_prefix("bytes ")?;
+    range.split('-').next()?.trim().parse().ok()
+}
+
+/// What the server calls this version of a file; a weak tag says too little.
+fn etag(response: &Response) -> Option<String> {
+    let tag = response.headers().get(ETAG)?.to_str().ok()?;
+    (!tag.starts_with("W/") && tag.len() <= TAG_BYTES_MAX).then(|| tag.trim_matches('"').to_owned())
 }
 
 /// At most `most` bytes of an answer; where more of it is an error, or else is left unread.

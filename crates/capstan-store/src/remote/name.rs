@@ -39,7 +39,9 @@ pub enum NameError {
     )]
     Hub(String),
     /// An address of another kind.
-    #[error("{0:?} is no address that can be read; take one that begins with https:// or http://")]
+    #[error(
+        "{0:?} is no address that can be read; take one that begins with https:// or http:// and holds no password"
+    )]
     Url(String),
     /// Nothing, or too much.
     #[error("a model is named by a path, an address or hf:OWNER/REPO, in at most {NAME_BYTES_MAX} bytes")]
@@ -88,7 +90,9 @@ impl FromStr for ModelName {
         }
         let bad = || NameError::Url(text.to_owned());
         let url = reqwest::Url::parse(text).map_err(|_| bad())?;
-        if !matches!(url.scheme(), "http" | "https") || url.host_str().is_none() {
+        // A name and a password would end up in lists and logs.
+        let secret = !url.username().is_empty() || url.password().is_some();
+        if !matches!(url.scheme(), "http" | "https") || url.host_str().is_none() || secret {
             return Err(bad());
         }
         Ok(Self::Url(url.into()))

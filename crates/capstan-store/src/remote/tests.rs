@@ -151,15 +151,33 @@ async fn ranges_are_those_that_were_asked_for() {
         let hub = Hub { files: Arc::new(vec![("m.gguf".to_owned(), bytes.clone())]), whole, ..Hub::default() };
         let address = hub.serve().await;
         let remote = Remote::at(&address, None).unwrap();
-        let file = remote.files(&name(&format!("{address}/content/m.gguf"))).await.unwrap().remove(0);
-        assert_eq!(remote.first(&file, 100).await.unwrap(), (bytes[..100].to_vec(), 10_000));
+        let file = remote.resolve(&name(&format!("{address}/content/m.gguf"))).await.unwrap().files.remove(0);
+        let (first, known) = remote.first(&file, 100).await.unwrap();
+        assert_eq!((first, known.bytes), (bytes[..100].to_vec(), Some(10_000)));
+        let mut all = Vec::new();
+        match remote.pieces(&known, 300, 500).await {
+            Ok(mut pieces) => {
+                while let Some(piece) = pieces.next().await.unwrap() {
+                    all.extend_from_slice(&piece);
+                }
+                assert!(!whole && all == bytes[300..800]);
+            }
+            Err(error) => assert!(whole && matches!(error, RemoteError::NoRanges { .. }), "{error}"),
+        }
         assert_eq!(remote.range(&file, 300, 500).await.unwrap(), bytes[300..800]);
         assert!(matches!(remote.range(&file, 9_999, 2).await, Err(RemoteError::Nonsense { .. })));
     }
 }
 
 fn files(names: &[&str]) -> Vec<RemoteFile> {
-    let file = |n: &&str| RemoteFile { path: n.into(), url: String::new(), on_hub: true, bytes: None, sha256: None };
+    let file = |n: &&str| RemoteFile {
+        path: n.into(),
+        url: String::new(),
+        on_hub: true,
+        bytes: None,
+        sha256: None,
+        etag: None,
+    };
     names.iter().map(file).collect()
 }
 

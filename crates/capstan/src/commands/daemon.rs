@@ -103,6 +103,7 @@ fn node_config(config: &Config) -> Result<NodeConfig> {
         bind_addr: config.bind_addr.value,
         threads: config.threads.value.0,
         memory_limit_bytes: config.memory_limit.value.0,
+        disk_limit_bytes: config.disk_limit.value.0,
         gpu_layers: config.gpu_layers.value,
         measure: config.measure.value.is_on(),
         mdns: !config.no_mdns.value,

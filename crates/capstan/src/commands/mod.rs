@@ -10,12 +10,14 @@ pub mod bench;
 pub mod cluster;
 pub mod compute;
 pub mod daemon;
+pub mod disk;
 pub mod doctor;
 pub mod key;
 pub mod lifecycle;
 pub mod models;
 pub mod pair;
 pub mod plan;
+pub mod pull;
 pub mod rehearse;
 pub mod run;
 pub mod settings;
@@ -65,6 +67,10 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
             Command::Leave => cluster::leave(&config, json).await,
             Command::Load(args) => models::load(&config, &args, json).await,
             Command::Unload(args) => models::unload(&config, &args, json).await,
+            Command::Pull(args) => pull::run(&config, &args, json).await,
+            Command::Models => disk::models(&config, json).await,
+            Command::Model(args) => disk::act(&config, &args, json).await,
+            Command::Disk => disk::disk(&config, json).await,
             Command::Run(args) => run::run(&config, &args, json).await,
             Command::Plan(args) => plan::plan(&config, &args, json).await,
             Command::Bench(args) => bench::run(&config, &args, json).await,

@@ -5,22 +5,26 @@ use std::process::ExitCode;
 use anyhow::{Result, bail};
 use capstan_proto::LayerRange;
 use capstan_proto::manage::{DeploymentStatus, LoadEvent, LoadRequest};
+use capstan_proto::weights::{ModelStatus, PullRequest, REPLICAS_MAX};
+use capstan_store::remote::ModelName;
 use clap::Args;
 use serde_json::json;
 
 use crate::cli::ModelFlags;
 use crate::client::Client;
-use crate::commands::{INTERRUPTED, cluster};
+use crate::commands::{INTERRUPTED, cluster, pull};
 use crate::config::Config;
 use crate::progress::Progress;
 use crate::view;
 
 /// Shown by `capstan load --help`.
 pub const LOAD_EXAMPLES: &str = "\
-The file is on this machine; the other nodes fetch their parts from it. Of a split model name the first file.
+MODEL is a file of this machine, from which the other nodes fetch their parts (of a split model name the first file), or
+a model that was pulled, by its name or source. One that was not pulled yet is pulled first.
 
 Examples:
   capstan load model.gguf
+  capstan load hf:unsloth/Qwen3-8B-GGUF:Q4_K_M
   capstan load model-00001-of-00008.gguf --name kimi --ctx 32768 --slots 2
   capstan load model.gguf --nodes alpha,beta,gamma
   capstan load model.gguf --layers alpha=0..10,beta=10..30
@@ -34,7 +38,7 @@ Examples:
 /// Arguments of `capstan load`.
 #[derive(Args, Debug)]
 pub struct LoadArgs {
-    /// The GGUF file
+    /// The GGUF file, or a model that was pulled
     pub model: std::path::PathBuf,
     /// Name to serve it by [default: the file's name]
     #[arg(long)]
@@ -52,6 +56,10 @@ pub struct LoadArgs {
     /// GGUF of a small model with the same vocabulary, which guesses tokens for the idle stages to check
     #[arg(long, value_name = "DRAFT.gguf")]
     pub draft: Option<std::path::PathBuf>,
+    /// Keep copies of each layer on the disks of so many nodes, so that any can be lost [default: 2 for a model that was
+    /// pulled, none for a file]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=i64::from(REPLICAS_MAX)))]
+    pub replicas: Option<u16>,
     /// Caches and scheduling.
     #[command(flatten)]
     pub model_flags: ModelFlags,
@@ -73,12 +81,15 @@ pub async fn load(config: &Config, args: &LoadArgs, json: bool) -> Result<ExitCo
             bail!("--nodes and --layers name different nodes; --layers alone is enough");
         }
     }
+    let Some(path) = find(&client, &args.model, args.replicas, json).await? else {
+        return Ok(ExitCode::from(INTERRUPTED));
+    };
     let request = LoadRequest {
         name: args.name.clone(),
         nodes: if args.layers.is_empty() { args.nodes.clone() } else { Vec::new() },
         layers: args.layers.clone(),
         decode_batch: args.decode_batch,
-        ..request(config, &args.model, args.draft.as_deref())?
+        ..request(config, path, args.draft.as_deref())?
     };
     let Some(deployment) = follow(&client, &request, json).await? else {
         return Ok(ExitCode::from(INTERRUPTED));
@@ -94,10 +105,48 @@ pub async fn load(config: &Config, args: &LoadArgs, json: bool) -> Result<ExitCo
     Ok(ExitCode::SUCCESS)
 }
 
-/// What is asked of the daemon, as far as the settings say it.
-pub fn request(config: &Config, model: &Path, draft: Option<&Path>) -> Result<LoadRequest> {
+/// What a load calls a model: a file's path, or a model of the catalogue, pulled first if need be. None when Ctrl-C came.
+/// With `replicas` a file goes into the catalogue, too, so that its layers are copied.
+pub async fn find(client: &Client, model: &Path, replicas: Option<u16>, json: bool) -> Result<Option<String>> {
+    let pulled = |name: &str| format!("pulled:{name}");
+    let pull = async |source: String| {
+        let request = PullRequest { source, replicas, ..PullRequest::default() };
+        Ok::<_, anyhow::Error>(pull::follow(client, &request, json).await?.map(|name| pulled(&name)))
+    };
+    let Some(text) = model.to_str().filter(|_| !model.is_file()) else {
+        let path = model_path(model)?;
+        return if replicas.is_some() { pull(format!("file:{path}")).await } else { Ok(Some(path)) };
+    };
+    let same = |m: &ModelStatus| {
+        let pinned = m.revision.as_ref().map(|r| format!("{}@{r}", m.source));
+        m.name == text || m.source == text || m.id.to_string() == text || pinned.as_deref() == Some(text)
+    };
+    if let Some(known) = client.models().await?.iter().find(|m| same(m)) {
+        if replicas.is_some_and(|n| n != known.replicas) {
+            // Pulled again, by the very same version, only the number of copies changes.
+            let revision = known.revision.as_ref().map(|r| format!("@{r}")).unwrap_or_default();
+            return pull(format!("{}{revision}", known.source)).await;
+        }
+        return Ok(Some(pulled(&known.id.to_string())));
+    }
+    match text.parse::<ModelName>() {
+        Ok(ModelName::File(_)) if text.starts_with("file:") => {}
+        Ok(ModelName::File(_)) | Err(_) if text.ends_with(".gguf") || text.contains(std::path::MAIN_SEPARATOR) => {
+            return Ok(Some(model_path(model)?));
+        }
+        Ok(ModelName::File(_)) => bail!(
+            "there is no file {text}, and no model of that name was pulled; `capstan models` shows those that were"
+        ),
+        Ok(_) => {}
+        Err(e) => bail!("{e}"),
+    }
+    pull(pull::source(text)?).await
+}
+
+/// What is asked of the daemon, as far as the settings say it. `path` is as [`find`] gives it, or [`model_path`].
+pub fn request(config: &Config, path: String, draft: Option<&Path>) -> Result<LoadRequest> {
     Ok(LoadRequest {
-        path: model_path(model)?,
+        path,
         name: None,
         nodes: Vec::new(),
         layers: Vec::new(),

@@ -25,6 +25,7 @@ With a PROMPT, or when standard input is not a terminal: one answer, then exit.
 
 Examples:
   capstan run kimi
+  capstan run hf:unsloth/Qwen3-8B-GGUF:Q4_K_M
   capstan run model.gguf --system \"Answer in one sentence.\" --temperature 0.2
   capstan run kimi \"Why is the sky blue?\" --verbose
   git diff | capstan run kimi --system \"Write a commit message for this change.\"";
@@ -41,7 +42,7 @@ const HISTORY_LINES_MAX: usize = 1000;
 /// Arguments of `capstan run`.
 #[derive(Args, Debug)]
 pub struct RunArgs {
-    /// A model's name as `capstan status` shows it, or the path of a GGUF file
+    /// A model's name as `capstan status` or `capstan models` shows it, a GGUF file, or what `capstan pull` takes
     pub model: String,
     /// What to ask; `-` reads it from standard input
     pub prompt: Option<String>,
@@ -130,15 +131,19 @@ async fn ensure_loaded(client: &Client, config: &Config, args: &RunArgs) -> Resu
     if let Some(name) = loaded_name(&status, &args.model) {
         return Ok(Some(name));
     }
-    let path = Path::new(&args.model);
-    let is_path = args.model.ends_with(".gguf") || args.model.contains(std::path::MAIN_SEPARATOR) || path.is_file();
-    if !is_path {
-        let names: Vec<_> = status.deployments.iter().map(|d| view::plain(&d.name)).collect();
-        let loaded = if names.is_empty() { "no model is".into() } else { format!("loaded are: {}", names.join(", ")) };
-        bail!("no model named {:?} is loaded ({loaded}); name one of them, or the path of a GGUF file", args.model);
-    }
-    let request = models::request(config, path, args.draft.as_deref())?;
     // Never as JSON: standard output is the answer's alone, and whoever watches sees the bars on standard error.
+    let Some(path) = models::find(client, Path::new(&args.model), None, false).await? else { return Ok(None) };
+    let request = models::request(config, path, args.draft.as_deref())?;
+    if let Some(id) = request.path.strip_prefix("pulled:")
+        && let Some(served) = client
+            .status()
+            .await?
+            .deployments
+            .into_iter()
+            .find(|d| (d.model_hash == id || d.name == id) && d.health != Health::Failed)
+    {
+        return Ok(Some(served.name));
+    }
     Ok(models::follow(client, &request, false).await?.map(|deployment| deployment.name))
 }
 

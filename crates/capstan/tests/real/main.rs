@@ -10,3 +10,4 @@ mod pipeline;
 mod prefix;
 mod rehearse;
 mod speculation;
+mod weights;
