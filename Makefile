@@ -13,7 +13,7 @@ VENV := $(CURDIR)/target/venv
 
 .PHONY: help
 help: ## Show the targets
-	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: setup
 setup: ## Install what is missing to build and test (Debian, Ubuntu)
@@ -58,6 +58,11 @@ chaos: setup model ## Kill, freeze and restart stages and daemons under load; no
 .PHONY: soak
 soak: setup model ## The same for MINUTES=n
 	CHAOS_MINUTES=$(or $(MINUTES),60) $(call CHAOS,soak)
+RUNS ?= 100000
+.PHONY: sim-cluster
+sim-cluster: setup ## What a cluster agrees on, in virtual time over failing disks and networks (RUNS=100000)
+	$(CARGO) build --release --workspace --locked --bin capstan-sim-cluster
+	target/release/capstan-sim-cluster --runs $(RUNS)
 
 .PHONY: lint
 lint: setup ## Formatting, clippy, rustdoc, and licences when cargo-deny is installed

@@ -9,7 +9,7 @@ use capstan_proto::limits::{MEMBERS_MAX, NAME_BYTES_MAX};
 use serde::{Deserialize, Serialize};
 
 /// Why a change to the member list was refused. Nothing changed.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
 pub enum MemberError {
     /// No room.
     #[error("the cluster is full: it takes {MEMBERS_MAX} members; let one leave first")]
@@ -24,7 +24,7 @@ pub enum MemberError {
 
 /// A change to the member list, as a value.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Command {
+pub enum Change {
     /// Let a node in, or back in. Its name is made unique.
     Admit {
         /// Its key.
@@ -81,9 +81,9 @@ impl Members {
     }
 
     /// Applies a change and returns the entry it made. `now_ms` becomes its stamp, unless that would not be newer.
-    pub fn apply(&mut self, command: Command, now_ms: u64) -> Result<Member, MemberError> {
-        let entry = match command {
-            Command::Admit { id, name, addrs, version } => {
+    pub fn apply(&mut self, change: Change, now_ms: u64) -> Result<Member, MemberError> {
+        let entry = match change {
+            Change::Admit { id, name, addrs, version } => {
                 let is_new = !self.entries.contains_key(&id);
                 if self.active().filter(|m| m.id != id).count() >= MEMBERS_MAX
                     || (is_new && self.entries.len() >= ENTRIES_MAX)
@@ -93,12 +93,12 @@ impl Members {
                 let name = self.free_name(&name, id)?;
                 self.entry(id, name, addrs, version, MemberState::Active, now_ms)
             }
-            Command::Refresh { id, name, addrs, version } => {
+            Change::Refresh { id, name, addrs, version } => {
                 let known = self.get(id).ok_or(MemberError::NotAMember(id))?;
                 let name = if known.name == name { name } else { self.free_name(&name, id)? };
                 self.entry(id, name, addrs, version, MemberState::Active, now_ms)
             }
-            Command::Leave { id } => {
+            Change::Leave { id } => {
                 let known = self.get(id).ok_or(MemberError::NotAMember(id))?.clone();
                 self.entry(id, known.name, known.addrs, known.version, MemberState::Left, now_ms)
             }
@@ -157,6 +157,11 @@ impl Members {
     /// Active members, by key.
     pub fn active(&self) -> impl Iterator<Item = &Member> {
         self.entries.values().filter(|m| m.state == MemberState::Active)
+    }
+
+    /// Forgets a node, its entry included.
+    pub fn forget(&mut self, id: NodeId) {
+        self.entries.remove(&id);
     }
 
     /// All entries, by key, those who left included: what is told to others.
@@ -222,8 +227,8 @@ mod tests {
         fn a_change_wins_over_what_it_changed(entries in prop::collection::vec(member(), 0..8), now in 0u64..5) {
             let before = of(&entries);
             let mut after = before.clone();
-            after.apply(Command::Admit { id: id(1), name: "x".into(), addrs: vec![], version: "2".into() }, now).unwrap();
-            let left = after.apply(Command::Leave { id: id(1) }, now).unwrap();
+            after.apply(Change::Admit { id: id(1), name: "x".into(), addrs: vec![], version: "2".into() }, now).unwrap();
+            let left = after.apply(Change::Leave { id: id(1) }, now).unwrap();
             let mut merged = before;
             merged.merge([left]);
             prop_assert!(merged.get(id(1)).is_none());
@@ -234,15 +239,15 @@ mod tests {
     fn names_are_made_unique() {
         let mut m = Members::default();
         let mut admit = |n: u8, name: &str| {
-            m.apply(Command::Admit { id: id(n), name: name.into(), addrs: vec![], version: "1".into() }, 0)
+            m.apply(Change::Admit { id: id(n), name: name.into(), addrs: vec![], version: "1".into() }, 0)
         };
         assert_eq!(admit(1, "alpha").unwrap().name, "alpha");
         assert_eq!(admit(2, "alpha").unwrap().name, "alpha-2");
         assert_eq!(admit(3, "alpha").unwrap().name, "alpha-3");
         assert_eq!(admit(2, "alpha").unwrap().name, "alpha-2");
         assert!(matches!(admit(4, "a b"), Err(MemberError::BadName(_))));
-        m.apply(Command::Leave { id: id(1) }, 0).unwrap();
+        m.apply(Change::Leave { id: id(1) }, 0).unwrap();
         assert!(m.find("alpha").is_none() && m.find("alpha-2").is_some());
-        assert_eq!(m.apply(Command::Leave { id: id(1) }, 0), Err(MemberError::NotAMember(id(1))));
+        assert_eq!(m.apply(Change::Leave { id: id(1) }, 0), Err(MemberError::NotAMember(id(1))));
     }
 }

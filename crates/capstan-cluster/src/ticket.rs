@@ -2,6 +2,7 @@
 //!
 //! A ticket names the cluster, the node that issued it and where that is dialled, and carries a secret that the issuer
 //! knows only by its hash. A checksum tells a word that was copied wrongly from one that expired.
+use std::borrow::Cow;
 use std::net::SocketAddr;
 
 use capstan_proto::control::ADDRS_MAX;
@@ -21,11 +22,11 @@ const BOOK_MAX: usize = 1024;
 const REMEMBER_S: u64 = 7 * 24 * 3600;
 
 /// Why a ticket does not let a node in. Nothing changed.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
 pub enum TicketError {
     /// Not a ticket at all, or mistyped.
     #[error("this is no whole ticket ({0}); copy it again, from \"{PREFIX}\" to its last letter")]
-    Damaged(&'static str),
+    Damaged(Cow<'static, str>),
     /// Too old.
     #[error("the ticket expired {ago_s} s ago; make a new one with `capstan ticket` on a node of the cluster")]
     Expired {
@@ -46,6 +47,10 @@ pub enum TicketError {
     /// The book is full.
     #[error("{BOOK_MAX} tickets are out already; wait until some have expired")]
     TooMany,
+}
+
+fn damaged(how: &'static str) -> TicketError {
+    TicketError::Damaged(Cow::Borrowed(how))
 }
 
 /// What a ticket says.
@@ -94,22 +99,22 @@ impl std::str::FromStr for Ticket {
     fn from_str(text: &str) -> Result<Self, TicketError> {
         let text = text.trim();
         if text.len() > TEXT_MAX {
-            return Err(TicketError::Damaged("it is too long"));
+            return Err(damaged("it is too long"));
         }
         let text = text.to_ascii_lowercase();
-        let body = text.strip_prefix(PREFIX).ok_or(TicketError::Damaged("it does not begin like one"))?;
+        let body = text.strip_prefix(PREFIX).ok_or(damaged("it does not begin like one"))?;
         let bytes = BASE32_NOPAD
             .decode(body.to_ascii_uppercase().as_bytes())
-            .map_err(|_| TicketError::Damaged("a letter is wrong or missing"))?;
-        let split = bytes.len().checked_sub(CHECKSUM).ok_or(TicketError::Damaged("most of it is missing"))?;
+            .map_err(|_| damaged("a letter is wrong or missing"))?;
+        let split = bytes.len().checked_sub(CHECKSUM).ok_or(damaged("most of it is missing"))?;
         let (body, sum) = bytes.split_at(split);
         if &blake3::hash(body).as_bytes()[..CHECKSUM] != sum {
-            return Err(TicketError::Damaged("its checksum does not fit"));
+            return Err(damaged("its checksum does not fit"));
         }
         let (ticket, rest): (Ticket, _) =
-            postcard::take_from_bytes(body).map_err(|_| TicketError::Damaged("its content is unreadable"))?;
+            postcard::take_from_bytes(body).map_err(|_| damaged("its content is unreadable"))?;
         if !rest.is_empty() || ticket.addrs.is_empty() || ticket.addrs.len() > ADDRS_MAX {
-            return Err(TicketError::Damaged("its content is unreadable"));
+            return Err(damaged("its content is unreadable"));
         }
         Ok(ticket)
     }
@@ -132,9 +137,28 @@ pub struct TicketBook {
     issued: Vec<Issued>,
 }
 
+/// What is known of a ticket's secret by all but its holder.
+pub fn hash_of(secret: &[u8; 16]) -> [u8; 32] {
+    *blake3::hash(secret).as_bytes()
+}
+
 impl TicketBook {
     /// Notes a new ticket.
     pub fn issue(&mut self, ticket: &Ticket, now_unix_s: u64) -> Result<(), TicketError> {
+        self.issue_hash(hash_of(&ticket.secret), ticket.expires_unix_s, ticket.reusable, now_unix_s)
+    }
+
+    /// Notes a new ticket by the hash of its secret. To note the same one again changes nothing.
+    pub fn issue_hash(
+        &mut self,
+        hash: [u8; 32],
+        expires_unix_s: u64,
+        reusable: bool,
+        now_unix_s: u64,
+    ) -> Result<(), TicketError> {
+        if self.issued.iter().any(|t| t.hash == hash) {
+            return Ok(());
+        }
         self.issued.retain(|t| t.expires_unix_s.saturating_add(REMEMBER_S) > now_unix_s);
         if self.issued.len() >= BOOK_MAX {
             // Those that cannot let anyone in any more make room first.
@@ -143,12 +167,7 @@ impl TicketBook {
         if self.issued.len() >= BOOK_MAX {
             return Err(TicketError::TooMany);
         }
-        self.issued.push(Issued {
-            hash: *blake3::hash(&ticket.secret).as_bytes(),
-            expires_unix_s: ticket.expires_unix_s,
-            reusable: ticket.reusable,
-            used_by: None,
-        });
+        self.issued.push(Issued { hash, expires_unix_s, reusable, used_by: None });
         Ok(())
     }
 
@@ -161,7 +180,18 @@ impl TicketBook {
         is_member: bool,
         now_unix_s: u64,
     ) -> Result<(), TicketError> {
-        let hash = blake3::hash(secret);
+        self.redeem_hash(&hash_of(secret), node, is_member, now_unix_s)
+    }
+
+    /// The same by the hash of the secret.
+    pub fn redeem_hash(
+        &mut self,
+        hash: &[u8; 32],
+        node: NodeId,
+        is_member: bool,
+        now_unix_s: u64,
+    ) -> Result<(), TicketError> {
+        let hash = blake3::Hash::from(*hash);
         // blake3's comparison takes the same time whatever differs.
         let entry = self.issued.iter_mut().find(|t| blake3::Hash::from(t.hash) == hash).ok_or(TicketError::Unknown)?;
         if entry.used_by.is_some_and(|by| by != node || !is_member) {
@@ -229,6 +259,7 @@ mod tests {
             t.secret[..8].copy_from_slice(&n.to_le_bytes());
             book.issue(&t, 0).unwrap();
         }
+        t.secret = *b"one too many....";
         assert_eq!(book.issue(&t, 0), Err(TicketError::TooMany));
         assert_eq!(book.issue(&t, t.expires_unix_s), Ok(()));
     }

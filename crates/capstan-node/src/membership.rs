@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use capstan_cluster::{Command, Detector, Member, MemberError, Members, Ticket, TicketBook, TicketError};
+use capstan_cluster::{Change, Detector, Member, MemberError, Members, Ticket, TicketBook, TicketError};
 use capstan_proto::{ClusterId, NodeId};
 use serde::{Deserialize, Serialize};
 
@@ -68,8 +68,8 @@ impl Membership {
         state.members.merge(saved.into_iter().flat_map(|s| s.members));
         let own = (state.name.clone(), version.to_owned());
         let command = match state.members.get(id) {
-            Some(_) => Command::Refresh { id, name: own.0, addrs, version: own.1 },
-            None => Command::Admit { id, name: own.0, addrs, version: own.1 },
+            Some(_) => Change::Refresh { id, name: own.0, addrs, version: own.1 },
+            None => Change::Admit { id, name: own.0, addrs, version: own.1 },
         };
         state.members.apply(command, now_ms())?;
         let membership = Self { id, version: version.to_owned(), path, state: Mutex::new(state) };
@@ -166,7 +166,7 @@ impl Membership {
                     .map(|n| format!("{base}-{n}"))
                     .find(|name| state.members.find(name).is_none())
                     .unwrap_or_else(|| self.id.short());
-                let command = Command::Refresh { id: self.id, name, addrs: own.addrs, version: own.version };
+                let command = Change::Refresh { id: self.id, name, addrs: own.addrs, version: own.version };
                 if let Err(error) = state.members.apply(command, now_ms()) {
                     tracing::warn!(%error, "this node's name is not unique");
                 }
@@ -187,7 +187,7 @@ impl Membership {
             match state.members.get(self.id).cloned() {
                 Some(own) if own.addrs != addrs => {
                     let command =
-                        Command::Refresh { id: self.id, name: own.name, addrs, version: self.version.clone() };
+                        Change::Refresh { id: self.id, name: own.name, addrs, version: self.version.clone() };
                     state.members.apply(command, now_ms()).is_ok()
                 }
                 _ => false,
@@ -232,7 +232,7 @@ impl Membership {
             }
             // Whether there is room is asked first, so that a full cluster does not use the ticket up.
             state.members.clone().apply(
-                Command::Admit {
+                Change::Admit {
                     id,
                     name: join.name.clone(),
                     addrs: join.addrs.clone(),
@@ -242,7 +242,7 @@ impl Membership {
             )?;
             let is_member = state.members.get(id).is_some();
             state.tickets.redeem(&join.secret, id, is_member, now_s())?;
-            let command = Command::Admit { id, name: join.name, addrs: join.addrs, version: join.version };
+            let command = Change::Admit { id, name: join.name, addrs: join.addrs, version: join.version };
             let entry = state.members.apply(command, now_ms())?;
             state.detector.heard(id, now_ms());
             (entry, state.members.entries().cloned().collect())
@@ -266,7 +266,7 @@ impl Membership {
 
     /// The entry that tells the others that this node leaves. Nothing has changed here yet.
     pub(crate) fn leaving(&self) -> Result<Member, MemberError> {
-        self.state().members.clone().apply(Command::Leave { id: self.id }, now_ms())
+        self.state().members.clone().apply(Change::Leave { id: self.id }, now_ms())
     }
 
     /// Leaves, into a new cluster of one.
@@ -279,7 +279,7 @@ impl Membership {
             state.tickets = TicketBook::default();
             state.detector = Detector::default();
             let command =
-                Command::Admit { id: self.id, name: state.name.clone(), addrs: own.addrs, version: own.version };
+                Change::Admit { id: self.id, name: state.name.clone(), addrs: own.addrs, version: own.version };
             state.members.apply(command, now_ms())?;
         }
         self.save_or_warn();

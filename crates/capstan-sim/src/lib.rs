@@ -1,6 +1,7 @@
-//! The scheduler in virtual time: the very engine of a driver over stages and links that take as long as they are told.
+//! Virtual time: the very engine of a driver over stages and links that take as long as they are told, and the very state
+//! of a cluster over disks and a network that fail.
 //!
-//! Pure but for the binary's report: no clock, no sockets, no threads; a seed decides a run to the last bit. A map:
+//! Pure but for the binaries' reports: no clock, no sockets; a seed decides a run to the last bit. A map:
 //!
 //! | module | idea |
 //! |---|---|
@@ -16,12 +17,14 @@
 //! | [`scenario`], [`figure`] | what is asked, and the table of answers |
 //! | [`workload`] | random workloads, for the checkers |
 //! | [`report`] | `target/reports/sim.json` |
+//! | [`cluster`] | what a cluster agrees on: members, removals, epochs |
 //!
 //! docs/simulation.md defines bounds and figures.
 #![forbid(unsafe_code)]
 
 pub mod bound;
 pub mod check;
+pub mod cluster;
 pub mod cost;
 pub mod dice;
 pub mod figure;
