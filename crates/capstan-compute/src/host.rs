@@ -271,6 +271,8 @@ async fn ask<T: DeserializeOwned>(
     let mut child = Command::new(program)
         .args(args)
         .args(question)
+        // What is measured here is to hold there.
+        .envs(os::child_environment())
         .stdin(if input.is_some() { Stdio::piped() } else { Stdio::null() })
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())

@@ -7,6 +7,22 @@ use std::time::Duration;
 /// One micro-batch of a large model may take a slow machine a minute; nothing healthy takes five.
 const STALL_LIMIT: Duration = Duration::from_secs(300);
 
+/// When a node looks whether a model would be better off elsewhere.
+#[derive(Clone, Copy, Debug)]
+pub struct Moves {
+    /// Between two looks.
+    pub look_every: Duration,
+    /// A model is watched for so long before its use is believed.
+    pub watched_min: Duration,
+}
+
+impl Default for Moves {
+    /// Once a minute, after ten minutes.
+    fn default() -> Self {
+        Self { look_every: Duration::from_secs(60), watched_min: Duration::from_secs(600) }
+    }
+}
+
 /// What a node is told when it starts.
 #[derive(Clone, Debug)]
 pub struct NodeConfig {
@@ -24,6 +40,8 @@ pub struct NodeConfig {
     pub gpu_layers: i32,
     /// Whether it measures its machine and links while nothing runs.
     pub measure: bool,
+    /// When it looks whether a model would be better off elsewhere.
+    pub moves: Moves,
     /// How long a driver may have requests and say nothing of them before its process counts as hung.
     pub stall_limit: Duration,
     /// Program and arguments of a compute child: usually this very binary and `compute`.
@@ -41,6 +59,7 @@ impl NodeConfig {
             memory_limit_bytes: None,
             gpu_layers: -1,
             measure: true,
+            moves: Moves::default(),
             stall_limit: STALL_LIMIT,
             compute_command,
         }

@@ -55,7 +55,7 @@ impl Wanted {
 
     /// Sequences that a placement keeps beyond the slots, for each of its stages.
     pub(crate) fn spares_per_stage(&self) -> u32 {
-        u32::from(self.speculates() && self.rollback == Rollback::Copy)
+        spares_per_stage(self.speculation, self.rollback)
     }
 
     /// What the draft model takes beside the last stage, in bytes.
@@ -93,6 +93,11 @@ impl Wanted {
         };
         (scheduling, draft)
     }
+}
+
+/// Sequences that a placement keeps beyond the slots for each of its stages: snapshots of guesses that cannot be trimmed.
+pub(crate) fn spares_per_stage(speculation: bool, rollback: Rollback) -> u32 {
+    u32::from(speculation && rollback == Rollback::Copy)
 }
 
 fn open_draft(path: &Path, node: &str) -> Result<OpenModel, ManageError> {

@@ -20,9 +20,9 @@ pub const CONTROL_ALPN: &[u8] = b"capstan/control/1";
 /// ALPN by which a node that holds a ticket asks to become a member.
 pub const JOIN_ALPN: &[u8] = b"capstan/join/1";
 /// Oldest control protocol that this build speaks.
-pub const CONTROL_VERSION_MIN: u32 = 3;
+pub const CONTROL_VERSION_MIN: u32 = 4;
 /// Newest control protocol that this build speaks.
-pub const CONTROL_VERSION_MAX: u32 = 3;
+pub const CONTROL_VERSION_MAX: u32 = 4;
 /// Largest [`Hello`] frame: it is read before anything is known of the other side.
 pub const HELLO_BYTES_MAX: usize = 1024;
 /// Largest request to join: it is read from a stranger. [`ADDRS_MAX`] addresses take less than a tenth of it.

@@ -10,6 +10,7 @@ use serde_json::json;
 
 use crate::cli::ModelFlags;
 use crate::client::Client;
+use crate::commands::plan::Wanted;
 use crate::commands::{INTERRUPTED, cluster};
 use crate::config::Config;
 use crate::progress::Progress;
@@ -52,6 +53,10 @@ pub struct LoadArgs {
     /// GGUF of a small model with the same vocabulary, which guesses tokens for the idle stages to check
     #[arg(long, value_name = "DRAFT.gguf")]
     pub draft: Option<std::path::PathBuf>,
+    /// What the placement is to be best at, once nodes are measured: one token soonest, most tokens from all slots
+    /// together, or both nearly [default: latency]
+    #[arg(long, value_enum)]
+    pub objective: Option<Wanted>,
     /// Caches and scheduling.
     #[command(flatten)]
     pub model_flags: ModelFlags,
@@ -78,6 +83,7 @@ pub async fn load(config: &Config, args: &LoadArgs, json: bool) -> Result<ExitCo
         nodes: if args.layers.is_empty() { args.nodes.clone() } else { Vec::new() },
         layers: args.layers.clone(),
         decode_batch: args.decode_batch,
+        objective: args.objective.map(Wanted::into),
         ..request(config, &args.model, args.draft.as_deref())?
     };
     let Some(deployment) = follow(&client, &request, json).await? else {
@@ -108,6 +114,7 @@ pub fn request(config: &Config, model: &Path, draft: Option<&Path>) -> Result<Lo
         draft: draft.map(model_path).transpose()?,
         prefix_cache: Some(config.prefix_cache.value.is_on()),
         decode_slowdown: Some(config.decode_slowdown.value),
+        objective: None,
         rehearsal: None,
     })
 }

@@ -81,10 +81,16 @@ pub async fn wait_for<T, F: Future<Output = Option<T>>>(what: &str, mut look: im
 impl Daemon {
     /// Starts a daemon and waits until its API answers.
     pub async fn start(name: &str, data_dir: &Path) -> Self {
+        Self::start_with(name, data_dir, &[]).await
+    }
+
+    /// The same with more in its environment.
+    pub async fn start_with(name: &str, data_dir: &Path, more: &[(&str, &str)]) -> Self {
         std::fs::create_dir_all(data_dir).expect("a data folder");
         let log = std::fs::File::create(data_dir.join("test.log")).expect("a log file");
         let mut process = command(data_dir)
             .env("CAPSTAN_NAME", name)
+            .envs(more.iter().copied())
             .args(["up", "--foreground"])
             .stdin(Stdio::null())
             .stdout(log.try_clone().expect("a log file"))
