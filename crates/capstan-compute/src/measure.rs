@@ -47,6 +47,10 @@ const FEW_ROWS_CTX: u32 = 256;
 const UNCACHED_BYTES: u64 = 256 << 20;
 /// Bytes of models between those that caches hold and that one.
 const BETWEEN_BYTES: [u64; 3] = [44 << 20, 88 << 20, 160 << 20];
+/// All sizes are measured so many times over, and the least counts: what else runs for a moment then spoils but one.
+const PASSES: usize = 2;
+/// Times that differ by less than this share are alike.
+const ALIKE: f64 = 0.05;
 /// Sequences that decode at once, of which llama.cpp computes each one's attention by itself.
 const SEQUENCES: [u32; 4] = [1, 2, 4, 8];
 /// llama.cpp computes attention over cells in multiples of this, also when fewer are in use.
@@ -78,8 +82,8 @@ pub struct MeasureOptions {
     pub threads: Option<u32>,
     /// Layers to offload to a GPU; negative is all.
     pub gpu_layers: i32,
-    /// Types of weights that are known already.
-    pub known: Vec<u32>,
+    /// What was measured before: then only types of weights are measured that it lacks.
+    pub known: Option<DeviceProfile>,
 }
 
 /// Why a machine could not be measured.
@@ -102,48 +106,76 @@ pub fn measure(options: &MeasureOptions) -> Result<DeviceProfile, MeasureError> 
     capstan_llama::init();
     let gpu = capstan_llama::offloads(options.gpu_layers);
     let (small, large) = if gpu { (SMALL_GPU, LARGE_GPU) } else { (SMALL, LARGE) };
-
-    let (cached, layers, copied) = first_type(options, small, large)?;
-    let (first, working_sets) = first_uncached(options, large, &cached, &layers)?;
-    let mut curves = vec![TypeCurve { ggml_type: FIRST, per_weight: first, per_cached_weight: cached, copied }];
-    let logit_fs = femtoseconds(draw_s()? / LOGITS as f64)?;
-    let hop = hop::half_round_trip().unwrap_or_else(|error| {
-        tracing::warn!(error, "what a hidden state takes to another process could not be measured");
-        Duration::ZERO
-    });
-    let disk_bytes_per_s = disk::bytes_per_s(&options.folder).unwrap_or(0);
-    let process_bytes = process_bytes(options, small)?;
-    for ggml_type in OTHERS.into_iter().filter(|t| !options.known.contains(t)) {
+    let mut profile = match &options.known {
+        Some(known) => known.clone(),
+        None => without_others(options, small, large)?,
+    };
+    let besides = besides(&profile, small)?;
+    for ggml_type in OTHERS {
         if began.elapsed() > BUDGET {
             break;
         }
-        match type_curve(options, large, ggml_type, &layers.besides) {
-            Ok(curve) => curves.push(curve),
+        if profile.types.iter().any(|t| t.ggml_type == ggml_type) {
+            continue;
+        }
+        match type_curve(options, large, ggml_type, &besides) {
+            Ok(curve) => profile.types.push(curve),
             // A backend without kernels for a type is no reason to know nothing of the others.
             Err(error) => tracing::warn!(%error, ggml_type, "this type of weights could not be measured"),
         }
     }
     Ok(DeviceProfile {
+        took_ms: began.elapsed().as_millis().min(u128::from(u32::MAX)) as u32,
+        measured_unix_s: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
+        ..profile
+    })
+}
+
+/// All but the other types of weights.
+fn without_others(options: &MeasureOptions, small: Shape, large: Shape) -> Result<DeviceProfile, MeasureError> {
+    let hop = hop::half_round_trip().unwrap_or_else(|error| {
+        tracing::warn!(error, "what a hidden state takes to another process could not be measured");
+        Duration::ZERO
+    });
+    // Before large models leave their traces.
+    let process_bytes = process_bytes(options, small)?;
+    let (cached, layers, copied) = first_type(options, small, large)?;
+    let (first, working_sets) = first_uncached(options, large, &cached, &layers)?;
+    let gpu = capstan_llama::offloads(options.gpu_layers);
+    Ok(DeviceProfile {
         hardware: String::new(),
-        types: curves,
+        types: vec![TypeCurve { ggml_type: FIRST, per_weight: first, per_cached_weight: cached, copied }],
         working_sets,
         per_layer: layers.per_layer,
         per_decode_layer: layers.per_decode_layer,
         layer_width: small.width as u32,
         attention_decode_fs: layers.attention_decode_fs,
         attention_chunk_fs: layers.attention_chunk_fs,
-        logit_fs,
+        logit_fs: femtoseconds(draw_s()? / LOGITS as f64)?,
         hop_ns: u32::try_from(hop.as_nanos()).unwrap_or(u32::MAX),
         cache_bytes: if gpu { 0 } else { os::cache_bytes().unwrap_or(0) },
         process_bytes,
-        disk_bytes_per_s,
-        took_ms: began.elapsed().as_millis().min(u128::from(u32::MAX)) as u32,
-        measured_unix_s: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
+        disk_bytes_per_s: disk::bytes_per_s(&options.folder).unwrap_or(0),
+        took_ms: 0,
+        measured_unix_s: 0,
     })
 }
 
-/// What this process holds beside a model and its buffers, now that all that a stage uses has run once: code, the runtime's
-/// threads, what llama.cpp keeps of graphs.
+/// What a layer of the made-up models takes beside its weights, a short context's attention included.
+fn besides(profile: &DeviceProfile, small: Shape) -> Result<Vec<Point>, MeasureError> {
+    let (decode_s, chunk_s) = (profile.attention_decode_fs as f64 * 1e-15, profile.attention_chunk_fs as f64 * 1e-15);
+    let seconds = |p: &Point| p.fs as f64 * 1e-15 + attention_s(small, p.rows, decode_s, chunk_s);
+    profile.per_layer.iter().map(|p| point(p.rows, seconds(p))).collect()
+}
+
+/// Attention of so many rows of one sequence with nothing before them.
+fn attention_s(shape: Shape, rows: u32, decode_s: f64, chunk_s: f64) -> f64 {
+    let cells = f64::from(rows) * f64::from(rows.next_multiple_of(CELLS)) * shape.attention_flops() as f64;
+    cells * if rows == 1 { decode_s } else { chunk_s }
+}
+
+/// What this process holds beside a model and its buffers once all that a stage uses has run: code, the runtime's threads,
+/// what llama.cpp keeps of graphs.
 fn process_bytes(options: &MeasureOptions, small: Shape) -> Result<u64, MeasureError> {
     let bench = Bench::open(options, small, FIRST, (1, CELLS))?;
     Ok(os::rss_bytes().saturating_sub(bench.model_bytes()))
@@ -169,24 +201,28 @@ fn first_type(
     let mut of_large = Bench::open(options, large, FIRST, (1, UBATCH))?;
     let copied = of_large.copied();
     let more = (large.weights() - small.weights()) as f64;
-    let (mut cached, mut besides, mut bare) = (Vec::new(), Vec::new(), Vec::new());
+    let mut times = [(f64::INFINITY, f64::INFINITY); ROWS.len()];
+    for _ in 0..PASSES {
+        for (rows, least) in ROWS.into_iter().zip(&mut times) {
+            let (s, l) = pair(&mut of_small, &mut of_large, rows)?;
+            *least = (least.0.min(s), least.1.min(l));
+        }
+    }
+    let (mut cached, mut bare) = (Vec::new(), Vec::new());
     let mut least = 0.0f64;
-    for rows in ROWS {
-        let (s, l) = pair(&mut of_small, &mut of_large, rows)?;
-        let per_weight = (l - s) / more;
+    for (rows, (s, l)) in ROWS.into_iter().zip(times) {
+        let per_weight = at_most_in_parts(&cached, rows, (l - s) / more);
         // What is left can come out at next to nothing where a micro-batch is large and the clock coarse; more rows never
         // take less.
         least = (s - small.weights() as f64 * per_weight).max(s * 0.01).max(least);
-        besides.push(point(rows, least)?);
         bare.push((rows, least));
         cached.push(point(rows, per_weight)?);
     }
     let (decode_s, chunk_s) = of_small.attention(small)?;
     drop((of_small, of_large));
     let flops = small.attention_flops() as f64;
-    let of_cells = |rows: u32| f64::from(rows) * f64::from(rows.next_multiple_of(CELLS)) * flops;
-    let attention_s = |rows: u32| of_cells(rows) * if rows == 1 { decode_s } else { chunk_s };
-    let per_layer = without(bare.iter().map(|&(rows, s)| (rows, s, attention_s(rows))))?;
+    let per_layer = without(bare.iter().map(|&(rows, s)| (rows, s, attention_s(small, rows, decode_s, chunk_s))))?;
+    let besides = bare.iter().map(|&(rows, s)| point(rows, s)).collect::<Result<Vec<_>, _>>()?;
 
     let slots = SEQUENCES.into_iter().max().unwrap_or(1);
     let mut of_small = Bench::open(options, small, FIRST, (slots, CELLS))?;
@@ -208,12 +244,20 @@ fn first_type(
 
 /// Points of times less what is known of them, never falling and never next to nothing.
 fn without(times: impl IntoIterator<Item = (u32, f64, f64)>) -> Result<Vec<Point>, MeasureError> {
-    let mut least = 0.0f64;
-    let bare = times.into_iter().map(|(rows, seconds, known)| {
-        least = (seconds - known).max(seconds.abs() * 0.05).max(least);
-        point(rows, least)
-    });
-    bare.collect()
+    let mut points: Vec<Point> = Vec::new();
+    for (rows, seconds, known) in times {
+        let least = points.last().map_or(0.0, |p| p.fs as f64 * 1e-15);
+        let bare = (seconds - known).max(seconds.abs() * 0.05);
+        points.push(point(rows, at_most_in_parts(&points, rows, bare).max(least))?);
+    }
+    Ok(points)
+}
+
+/// A time for so many rows that is no longer than what it takes to compute them in parts as large as the last size that was
+/// measured: where it came out longer, something else had the processor.
+fn at_most_in_parts(measured: &[Point], rows: u32, seconds: f64) -> f64 {
+    let parts = |p: &Point| p.fs as f64 * 1e-15 * f64::from(rows.div_ceil(p.rows.max(1)));
+    measured.last().map_or(seconds, |p| seconds.min(parts(p)))
 }
 
 /// The first type's weights from main memory, and what models between feel of it.
@@ -231,7 +275,11 @@ fn first_uncached(
     // On a graphics unit the large one is beyond every cache already.
     for wanted in BETWEEN_BYTES.into_iter().filter(|&wanted| wanted > bytes(large.layers)) {
         let between = few_rows(options, large, FIRST, wanted, &FEW_ROWS[..1], &layers.besides)?;
-        let felt = (between.first().copied().unwrap_or(0.0) - row_s.0) / (row_s.1 - row_s.0).max(row_s.0 * 0.01);
+        // Where both are alike it makes no difference; then nothing is promised of caches.
+        let felt = match row_s.1 - row_s.0 {
+            more if more > row_s.0 * ALIKE => (between.first().copied().unwrap_or(f64::INFINITY) - row_s.0) / more,
+            _ => 1.0,
+        };
         let before = sets.last().map_or(0, |s| s.uncached_permille);
         let uncached_permille = ((felt.clamp(0.0, 1.0) * 1000.0) as u16).max(before);
         sets.push(WorkingSet { bytes: bytes(layers_for(large, FIRST, wanted)), uncached_permille });
@@ -270,7 +318,13 @@ fn few_rows(
 ) -> Result<Vec<f64>, MeasureError> {
     let shape = Shape { layers: layers_for(shape, ggml_type, bytes), ..shape };
     let mut bench = Bench::open(options, shape, ggml_type, (1, FEW_ROWS_CTX))?;
-    rows.iter().map(|&rows| each_weight(&mut bench, shape, rows, besides)).collect()
+    let mut least = vec![f64::INFINITY; rows.len()];
+    for _ in 0..PASSES {
+        for (&rows, least) in rows.iter().zip(&mut least) {
+            *least = each_weight(&mut bench, shape, rows, besides)?.min(*least);
+        }
+    }
+    Ok(least)
 }
 
 fn each_weight(bench: &mut Bench, shape: Shape, rows: u32, besides: &[Point]) -> Result<f64, MeasureError> {
@@ -287,7 +341,8 @@ fn type_curve(
     let mut bench = Bench::open(options, shape, ggml_type, (1, UBATCH))?;
     let mut cached = Vec::new();
     for rows in FEW_ROWS.into_iter().chain(MORE_ROWS) {
-        cached.push(point(rows, each_weight(&mut bench, shape, rows, besides)?)?);
+        let each = each_weight(&mut bench, shape, rows, besides)?;
+        cached.push(point(rows, at_most_in_parts(&cached, rows, each))?);
     }
     let copied = bench.copied();
     drop(bench);

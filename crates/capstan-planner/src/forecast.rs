@@ -425,6 +425,43 @@ mod tests {
         (0..count).map(|_| Chunk { stages: stages.to_vec(), hops: vec![hop; stages.len()] }).collect()
     }
 
+    /// Three stages of a model on machines of these numbers.
+    fn stages(profile: &ModelProfile, nodes: [usize; 3]) -> Vec<Placed> {
+        let rates = crate::machines::find("Ryzen AI Max+ 395 128GB").unwrap().rates;
+        let third = profile.n_layers / 3;
+        let cuts = [(0, third), (third, 2 * third), (2 * third, profile.n_layers)];
+        let placed = |(&node, (a, b)): (&usize, (u32, u32))| Placed {
+            node,
+            machine: format!("no. {node}"),
+            rates: rates.clone(),
+            usable_bytes: 0,
+            layers: LayerRange::new(a, b).unwrap(),
+            need: Need::default(),
+        };
+        nodes.iter().zip(cuts).map(placed).collect()
+    }
+
+    #[test]
+    fn stages_that_share_a_machine_take_turns() {
+        let (model, quantisation) = crate::models::find("Llama 3.1 70B").unwrap();
+        let profile = model.shape.profile(model.name, quantisation);
+        let ring = [crate::links::parse("10GbE").unwrap(); 3];
+        let of = |nodes| {
+            let stages = stages(&profile, nodes);
+            let pipeline = Pipeline { profile: &profile, stages: &stages, ring: &ring };
+            let decode = |n| pipeline.decode(Wiring::Capstan, n, 0);
+            let alone = pipeline.stage_s(Batch::Decode { sequences: 1, depth_tokens: 0 });
+            (decode(1), decode(3), pipeline.first_token(Wiring::Capstan, 2048, 512).seconds, alone)
+        };
+        let (own, shared) = (of([0, 1, 2]), of([0, 1, 0]));
+        assert_eq!(own.0, shared.0, "a lone answer is in one place at a time");
+        assert!(own.1.groups == 3 && shared.1.groups == 3, "the scheduler does not know where stages are");
+        let busy = 3.0 * (shared.3[0] + shared.3[2]);
+        assert!((shared.1.step_s / busy - 1.0).abs() < 1e-9 && own.1.step_s < shared.1.step_s * 0.6);
+        assert!(own.2 < shared.2 && shared.2 < own.2 * 2.1);
+        assert_eq!(of([0, 0, 0]).2, of([7, 7, 7]).2);
+    }
+
     #[test]
     fn chunks_follow_each_other_through_machines_of_their_own() {
         let s =

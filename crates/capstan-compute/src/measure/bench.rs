@@ -12,9 +12,9 @@ use super::{MeasureError, MeasureOptions, UBATCH};
 
 /// Each micro-batch is repeated for so long and at most [`REPEATS`] times; the shortest counts, for nothing makes a
 /// computation faster than it is.
-const REPEAT_FOR: Duration = Duration::from_millis(80);
+const REPEAT_FOR: Duration = Duration::from_millis(50);
 /// See [`REPEAT_FOR`].
-const REPEATS: usize = 12;
+const REPEATS: usize = 8;
 /// Tokens behind which attention is measured again.
 pub(super) const DEEP: u32 = 2048;
 

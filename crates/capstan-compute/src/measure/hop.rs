@@ -31,7 +31,7 @@ pub(super) fn half_round_trip() -> Result<Duration, String> {
     // As many threads as a stage's runtime has.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     let runtime = runtime.map_err(|e| e.to_string())?;
-    let (mut here, mut there) = runtime
+    let ([mut here, mut there], transports) = runtime
         .block_on(async { timeout(TIMEOUT, ends()).await })
         .map_err(|_| "the loopback does not answer".to_owned())?
         .map_err(|e| e.to_string())?;
@@ -46,8 +46,8 @@ pub(super) fn half_round_trip() -> Result<Duration, String> {
     for i in 0..COLD + THROWS {
         let began = Instant::now();
         let sent = here.send.blocking_send(prefixed(vec![0; FRAME_BYTES])).is_ok();
-        let came = sent.then(|| runtime.block_on(timeout(TIMEOUT, here.came.recv())).ok().flatten()).flatten();
-        if came.is_none() {
+        let came = runtime.block_on(async { timeout(TIMEOUT, here.came.recv()).await.ok().flatten() });
+        if !sent || came.is_none() {
             return Err("a frame over the loopback was lost".to_owned());
         }
         if i >= COLD {
@@ -55,6 +55,12 @@ pub(super) fn half_round_trip() -> Result<Duration, String> {
         }
     }
     drop(here);
+    runtime.block_on(async {
+        for transport in &transports {
+            timeout(TIMEOUT, transport.close()).await.ok();
+        }
+        drop(transports);
+    });
     runtime.shutdown_timeout(TIMEOUT);
     echo.join().ok();
     throws.sort_unstable();
@@ -68,7 +74,7 @@ fn prefixed(body: Vec<u8>) -> Bytes {
     frame.into()
 }
 
-async fn ends() -> Result<(End, End), LinkError> {
+async fn ends() -> Result<([End; 2], [IrohTransport; 2]), LinkError> {
     let loopback = IpAddr::V4(Ipv4Addr::LOCALHOST);
     let (a, b) = tokio::try_join!(IrohTransport::bind(loopback), IrohTransport::bind(loopback))?;
     let hello = |from_stage| DataHello {
@@ -85,7 +91,7 @@ async fn ends() -> Result<(End, End), LinkError> {
         a.dial(&at_b, &from_a),
         b.dial(&at_a, &from_b),
     )?;
-    let end = |incoming: Incoming, outgoing: Outgoing, transport: IrohTransport| {
+    let end = |incoming: Incoming, outgoing: Outgoing| {
         let (came_tx, came) = mpsc::channel(limits::STAGE_QUEUE);
         let (send, mut queue) = mpsc::channel::<Bytes>(limits::STAGE_QUEUE);
         let (mut receiver, mut sender) = (incoming.frames, outgoing.frames);
@@ -97,8 +103,6 @@ async fn ends() -> Result<(End, End), LinkError> {
             }
         });
         tokio::spawn(async move {
-            // The endpoint closes with its transport.
-            let _transport = transport;
             while let Some(frame) = queue.recv().await {
                 if sender.send(frame).await.is_err() {
                     return;
@@ -107,7 +111,7 @@ async fn ends() -> Result<(End, End), LinkError> {
         });
         End { came, send }
     };
-    Ok((end(a_in, a_out, a), end(b_in, b_out, b)))
+    Ok(([end(a_in, a_out), end(b_in, b_out)], [a, b]))
 }
 
 #[cfg(test)]
