@@ -24,7 +24,7 @@ class Stream:
             "model": model,
             "prompt": spec["prompt"],
             "max_tokens": spec["tokens"],
-            "temperature": 0,
+            "temperature": spec.get("temperature", 0),
             "logit_bias": {str(token): -100 for token in spec.get("ban", [])},
             # An answer of a given length goes on after its end; one with a stop does not.
             "ignore_eos": not spec.get("stop"),

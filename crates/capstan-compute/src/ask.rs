@@ -4,14 +4,16 @@ use std::io::{Read, Write};
 
 use capstan_llama::StageOptions;
 use capstan_proto::child::StageSpec;
+use capstan_proto::device::DeviceProfile;
 use capstan_proto::manage::DeviceStatus;
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 use crate::measure::{MeasureOptions, measure};
 use crate::os::take_stdout;
 
-/// Longest description of a stage that is read.
-const SPEC_BYTES_MAX: u64 = 1 << 20;
+/// Longest description of a stage, or profile of a device, that is read.
+const QUESTION_BYTES_MAX: u64 = 1 << 20;
 
 /// `capstan compute --devices`: what computes here.
 pub fn devices() -> i32 {
@@ -28,18 +30,31 @@ pub fn devices() -> i32 {
     })
 }
 
-/// `capstan compute --measure DIR`: what this machine takes to compute.
-pub fn profile(options: &MeasureOptions) -> i32 {
-    answer("the device profile", || measure(options).map_err(|e| e.to_string()))
+/// `capstan compute --measure DIR`: what this machine takes to compute. With `--more`, what was measured before comes over
+/// standard input, and goes out with more types of weights.
+pub fn profile(mut options: MeasureOptions, more: bool) -> i32 {
+    answer("the device profile", move || {
+        if more {
+            let known: DeviceProfile = read_json()?;
+            known.check().map_err(|e| e.to_string())?;
+            options.known = Some(known);
+        }
+        measure(&options).map_err(|e| e.to_string())
+    })
+}
+
+/// What a daemon asks about.
+fn read_json<T: DeserializeOwned>() -> Result<T, String> {
+    let mut text = String::new();
+    std::io::stdin().take(QUESTION_BYTES_MAX).read_to_string(&mut text).map_err(|e| e.to_string())?;
+    serde_json::from_str(&text).map_err(|e| e.to_string())
 }
 
 /// `capstan compute --dry-run`: bytes of a stage's compute buffers, from its specification in JSON on standard input. The
 /// shard may be a file of holes with the right header; nothing else of it is read.
 pub fn dry_run() -> i32 {
     answer("the stage's buffers", || {
-        let mut text = String::new();
-        std::io::stdin().take(SPEC_BYTES_MAX).read_to_string(&mut text).map_err(|e| e.to_string())?;
-        let spec: StageSpec = serde_json::from_str(&text).map_err(|e| e.to_string())?;
+        let spec: StageSpec = read_json()?;
         let options = StageOptions::from_spec(&spec).map_err(|e| e.to_string())?;
         capstan_llama::dry_run(&options).map_err(|e| e.to_string())
     })

@@ -244,15 +244,13 @@ pub async fn profile(
     folder: &Path,
     threads: Option<u32>,
     gpu_layers: i32,
-    known: &[u32],
+    known: Option<&DeviceProfile>,
 ) -> Result<DeviceProfile, HostError> {
     let mut args = vec!["--measure".into(), folder.into(), format!("--gpu-layers={gpu_layers}").into()];
-    if !known.is_empty() {
-        let known: Vec<_> = known.iter().map(u32::to_string).collect();
-        args.push(format!("--known={}", known.join(",")).into());
-    }
+    args.extend(known.map(|_| "--more".into()));
     args.extend(threads.map(|n| format!("--threads={n}").into()));
-    ask(command, &args, None).await
+    let known = known.map(serde_json::to_vec).transpose().map_err(|e| HostError::Answer(e.to_string()))?;
+    ask(command, &args, known).await
 }
 
 /// Bytes of a stage's compute buffers: see [`crate::ask::dry_run`].
@@ -271,6 +269,8 @@ async fn ask<T: DeserializeOwned>(
     let mut child = Command::new(program)
         .args(args)
         .args(question)
+        // What is measured here is to hold there.
+        .envs(os::child_environment())
         .stdin(if input.is_some() { Stdio::piped() } else { Stdio::null() })
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())

@@ -151,6 +151,11 @@ impl IrohTransport {
         Ok(Self { endpoint, addr, expected })
     }
 
+    /// Ends its links in order.
+    pub(crate) async fn close(&self) {
+        self.endpoint.close().await;
+    }
+
     async fn try_dial(&self, peer: EndpointAddr, hello: &[u8]) -> Result<Outgoing, LinkError> {
         let connection = self.endpoint.connect(peer, DATA_ALPN).await.map_err(broken)?;
         let (mut send, mut recv) = connection.open_bi().await.map_err(broken)?;

@@ -1,22 +1,35 @@
 //! What this machine takes to compute, measured in seconds with llama.cpp itself on made-up models: the device profile.
 //!
-//! A layer's time is taken to be `Σ weights · c(type, rows) + o(rows)`. Two models of one type that differ only in the
-//! width of their feed-forward part give both unknowns; with `o` known, one model gives `c` of every other type. What a
-//! long context adds is the difference between the same micro-batch behind many tokens and behind none.
+//! A layer's time is taken to be `Σ weights · c(type, rows) + o(rows) + attention`. Two models of one type that differ only
+//! in the width of their feed-forward part give both unknowns; with `o` known, one model gives `c` of every other type.
+//! What a long context adds is the difference between the same micro-batch behind many tokens and behind none; what a
+//! short one takes is then taken out of `o`.
+//!
+//! Few rows are slow because of memory, so `c` is measured twice: on a model that caches hold, and on one that none
+//! does. Models in between tell how much of that difference a working set of their size feels.
 //!
 //! It runs in a child, as all of llama.cpp does, and on as many threads as a stage would.
+//!
+//! | module | idea |
+//! |---|---|
+//! | `model` | a made-up model |
+//! | `bench` | how long its micro-batches take |
+//! | `hop` | how long a hidden state takes from one compute thread to another |
+//! | `disk` | what the disk reads |
+mod bench;
+mod disk;
+mod hop;
 mod model;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use capstan_engine::StageOutput;
 use capstan_gguf::types;
-use capstan_llama::{Context, ContextOptions, LlamaError, Model, ModelOptions};
-use capstan_proto::Epoch;
-use capstan_proto::data::{KvOp, MicroBatch, Payload, Row};
-use capstan_proto::device::{DeviceProfile, Point, TypeCurve};
+use capstan_llama::{LlamaError, Sampler};
+use capstan_proto::device::{DeviceProfile, Point, TypeCurve, WorkingSet};
+use capstan_proto::generate::Sampling;
 
+use self::bench::{Bench, DEEP, Work, pair};
 use self::model::Shape;
 use crate::os;
 
@@ -24,21 +37,27 @@ use crate::os;
 const BUDGET: Duration = Duration::from_millis(8500);
 /// Rows for which the first type is measured.
 const ROWS: [u32; 10] = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512];
-/// Rows for which the others are measured: what lies between is drawn as a line.
-const FEWER_ROWS: [u32; 5] = [4, 8, 16, 64, 256];
-/// Rows that are slow because of memory. They are measured on a model that no cache holds.
-const FEW_ROWS: [u32; 2] = [1, 2];
+/// Rows for which the others are measured besides [`FEW_ROWS`]: what lies between is drawn as a line.
+const MORE_ROWS: [u32; 3] = [16, 64, 256];
+/// Rows that are slow because of memory. They are measured on a model that no cache holds, too.
+const FEW_ROWS: [u32; 4] = [1, 2, 4, 8];
 /// Tokens it holds: its many layers need no more memory than that.
 const FEW_ROWS_CTX: u32 = 256;
 /// Bytes of its weights.
 const UNCACHED_BYTES: u64 = 256 << 20;
-/// Each micro-batch is repeated for so long and at most [`REPEATS`] times; the shortest counts, for nothing makes a
-/// computation faster than it is.
-const REPEAT_FOR: Duration = Duration::from_millis(80);
-/// See [`REPEAT_FOR`].
-const REPEATS: usize = 12;
-/// Tokens behind which attention is measured again.
-const DEEP: u32 = 2048;
+/// Bytes of models between those that caches hold and that one.
+const BETWEEN_BYTES: [u64; 3] = [44 << 20, 88 << 20, 160 << 20];
+/// All sizes are measured so many times over, and the least counts: what else runs for a moment then spoils but one.
+const PASSES: usize = 2;
+/// Times that differ by less than this share are alike.
+const ALIKE: f64 = 0.05;
+/// Sequences that decode at once, of which llama.cpp computes each one's attention by itself.
+const SEQUENCES: [u32; 4] = [1, 2, 4, 8];
+/// llama.cpp computes attention over cells in multiples of this, also when fewer are in use.
+const CELLS: u32 = 256;
+/// Entries of the vocabulary for which drawing a token is measured, and how often it is repeated.
+const LOGITS: usize = 1 << 16;
+const DRAWS: usize = 16;
 /// Most rows of a micro-batch.
 const UBATCH: u32 = 512;
 /// `q8_0`, which every backend has a kernel for.
@@ -63,8 +82,8 @@ pub struct MeasureOptions {
     pub threads: Option<u32>,
     /// Layers to offload to a GPU; negative is all.
     pub gpu_layers: i32,
-    /// Types of weights that are known already.
-    pub known: Vec<u32>,
+    /// What was measured before: then only types of weights are measured that it lacks.
+    pub known: Option<DeviceProfile>,
 }
 
 /// Why a machine could not be measured.
@@ -85,113 +104,265 @@ pub enum MeasureError {
 pub fn measure(options: &MeasureOptions) -> Result<DeviceProfile, MeasureError> {
     let began = Instant::now();
     capstan_llama::init();
-    let process_bytes = os::peak_rss_bytes();
     let gpu = capstan_llama::offloads(options.gpu_layers);
     let (small, large) = if gpu { (SMALL_GPU, LARGE_GPU) } else { (SMALL, LARGE) };
-
-    let mut of_small = Bench::open(options, small, FIRST, DEEP + UBATCH)?;
-    let mut of_large = Bench::open(options, large, FIRST, UBATCH)?;
-    let copied = of_large.copied();
-    let more = (large.weights() - small.weights()) as f64;
-    let (mut first, mut rest) = (Vec::new(), Vec::new());
-    let mut least = 0.0f64;
-    for rows in ROWS {
-        let (s, l) = pair(&mut of_small, &mut of_large, rows)?;
-        let per_weight = (l - s) / more;
-        // What is left can come out at next to nothing where a micro-batch is large and the clock coarse; more rows never
-        // take less.
-        least = (s - small.weights() as f64 * per_weight).max(s * 0.01).max(least);
-        rest.push(point(rows, least)?);
-        first.push(per_weight);
-    }
-    let attention = of_small.attention(small)?;
-    drop((of_small, of_large));
-    let few = uncached(options, large, FIRST, |rows| seconds_at(&rest, rows))?;
-    let mut floor = 0.0f64;
-    let cached = ROWS.iter().zip(&first).map(|(&rows, &each)| point(rows, each)).collect::<Result<Vec<_>, _>>()?;
-    let first = ROWS.iter().zip(first).enumerate().map(|(i, (&rows, each))| {
-        floor = floor.max(few.get(i).copied().unwrap_or(0.0));
-        point(rows, if i < few.len() { floor } else { each.max(floor) })
-    });
-    let first = first.collect::<Result<Vec<_>, _>>()?;
-    let mut curves = vec![TypeCurve { ggml_type: FIRST, per_weight: first, per_cached_weight: cached, copied }];
-    for ggml_type in OTHERS.into_iter().filter(|t| !options.known.contains(t)) {
+    let mut profile = match &options.known {
+        Some(known) => known.clone(),
+        None => without_others(options, small, large)?,
+    };
+    let besides = besides(&profile, small)?;
+    for ggml_type in OTHERS {
         if began.elapsed() > BUDGET {
             break;
         }
-        match type_curve(options, large, ggml_type, &rest) {
-            Ok(curve) => curves.push(curve),
+        if profile.types.iter().any(|t| t.ggml_type == ggml_type) {
+            continue;
+        }
+        match type_curve(options, large, ggml_type, &besides) {
+            Ok(curve) => profile.types.push(curve),
             // A backend without kernels for a type is no reason to know nothing of the others.
             Err(error) => tracing::warn!(%error, ggml_type, "this type of weights could not be measured"),
         }
     }
     Ok(DeviceProfile {
-        hardware: String::new(),
-        types: curves,
-        per_layer: rest,
-        layer_width: small.width as u32,
-        attention_decode_fs: femtoseconds(attention.0)?,
-        attention_chunk_fs: femtoseconds(attention.1)?,
-        cache_bytes: if gpu { 0 } else { os::cache_bytes().unwrap_or(0) },
-        process_bytes,
         took_ms: began.elapsed().as_millis().min(u128::from(u32::MAX)) as u32,
         measured_unix_s: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
+        ..profile
     })
 }
 
-/// Seconds for a weight that comes from main memory, for few rows; a layer's other work is taken off.
-fn uncached(
+/// All but the other types of weights.
+fn without_others(options: &MeasureOptions, small: Shape, large: Shape) -> Result<DeviceProfile, MeasureError> {
+    let hop = hop::half_round_trip().unwrap_or_else(|error| {
+        tracing::warn!(error, "what a hidden state takes to another process could not be measured");
+        Duration::ZERO
+    });
+    // Before large models leave their traces.
+    let process_bytes = process_bytes(options, small)?;
+    let (cached, layers, copied) = first_type(options, small, large)?;
+    let (first, working_sets) = first_uncached(options, large, &cached, &layers)?;
+    let gpu = capstan_llama::offloads(options.gpu_layers);
+    Ok(DeviceProfile {
+        hardware: String::new(),
+        types: vec![TypeCurve { ggml_type: FIRST, per_weight: first, per_cached_weight: cached, copied }],
+        working_sets,
+        per_layer: layers.per_layer,
+        per_decode_layer: layers.per_decode_layer,
+        layer_width: small.width as u32,
+        attention_decode_fs: layers.attention_decode_fs,
+        attention_chunk_fs: layers.attention_chunk_fs,
+        logit_fs: femtoseconds(draw_s()? / LOGITS as f64)?,
+        hop_ns: u32::try_from(hop.as_nanos()).unwrap_or(u32::MAX),
+        cache_bytes: if gpu { 0 } else { os::cache_bytes().unwrap_or(0) },
+        process_bytes,
+        disk_bytes_per_s: disk::bytes_per_s(&options.folder).unwrap_or(0),
+        took_ms: 0,
+        measured_unix_s: 0,
+    })
+}
+
+/// What a layer of the made-up models takes beside its weights, a short context's attention included.
+fn besides(profile: &DeviceProfile, small: Shape) -> Result<Vec<Point>, MeasureError> {
+    let (decode_s, chunk_s) = (profile.attention_decode_fs as f64 * 1e-15, profile.attention_chunk_fs as f64 * 1e-15);
+    let seconds = |p: &Point| p.fs as f64 * 1e-15 + attention_s(small, p.rows, decode_s, chunk_s);
+    profile.per_layer.iter().map(|p| point(p.rows, seconds(p))).collect()
+}
+
+/// Attention of so many rows of one sequence with nothing before them.
+fn attention_s(shape: Shape, rows: u32, decode_s: f64, chunk_s: f64) -> f64 {
+    let cells = f64::from(rows) * f64::from(rows.next_multiple_of(CELLS)) * shape.attention_flops() as f64;
+    cells * if rows == 1 { decode_s } else { chunk_s }
+}
+
+/// What this process holds beside a model and its buffers once all that a stage uses has run: code, the runtime's threads,
+/// what llama.cpp keeps of graphs.
+fn process_bytes(options: &MeasureOptions, small: Shape) -> Result<u64, MeasureError> {
+    let bench = Bench::open(options, small, FIRST, (1, CELLS))?;
+    Ok(os::rss_bytes().saturating_sub(bench.model_bytes()))
+}
+
+/// What layers take beside their weights.
+struct Layers {
+    /// With a short context's attention, as it was measured.
+    besides: Vec<Point>,
+    per_layer: Vec<Point>,
+    per_decode_layer: Vec<Point>,
+    attention_decode_fs: u64,
+    attention_chunk_fs: u64,
+}
+
+/// The first type's weights as caches hold them, what a layer takes besides, and whether the weights are copies.
+fn first_type(
+    options: &MeasureOptions,
+    small: Shape,
+    large: Shape,
+) -> Result<(Vec<Point>, Layers, bool), MeasureError> {
+    let mut of_small = Bench::open(options, small, FIRST, (1, DEEP + UBATCH))?;
+    let mut of_large = Bench::open(options, large, FIRST, (1, UBATCH))?;
+    let copied = of_large.copied();
+    let more = (large.weights() - small.weights()) as f64;
+    let mut times = [(f64::INFINITY, f64::INFINITY); ROWS.len()];
+    for _ in 0..PASSES {
+        for (rows, least) in ROWS.into_iter().zip(&mut times) {
+            let (s, l) = pair(&mut of_small, &mut of_large, rows)?;
+            *least = (least.0.min(s), least.1.min(l));
+        }
+    }
+    let (mut cached, mut bare) = (Vec::new(), Vec::new());
+    let mut least = 0.0f64;
+    for (rows, (s, l)) in ROWS.into_iter().zip(times) {
+        let per_weight = at_most_in_parts(&cached, rows, (l - s) / more);
+        // What is left can come out at next to nothing where a micro-batch is large and the clock coarse; more rows never
+        // take less.
+        least = (s - small.weights() as f64 * per_weight).max(s * 0.01).max(least);
+        bare.push((rows, least));
+        cached.push(point(rows, per_weight)?);
+    }
+    let (decode_s, chunk_s) = of_small.attention(small)?;
+    drop((of_small, of_large));
+    let flops = small.attention_flops() as f64;
+    let per_layer = without(bare.iter().map(|&(rows, s)| (rows, s, attention_s(small, rows, decode_s, chunk_s))))?;
+    let besides = bare.iter().map(|&(rows, s)| point(rows, s)).collect::<Result<Vec<_>, _>>()?;
+
+    let slots = SEQUENCES.into_iter().max().unwrap_or(1);
+    let mut of_small = Bench::open(options, small, FIRST, (slots, CELLS))?;
+    let mut decoding = Vec::new();
+    for n in SEQUENCES {
+        let weights = small.weights() as f64 * seconds_at(&cached, n);
+        let attention = f64::from(n) * f64::from(CELLS) * flops * decode_s;
+        decoding.push((n, of_small.time(Work::Sequences(n))? - weights, attention));
+    }
+    let layers = Layers {
+        besides,
+        per_layer,
+        per_decode_layer: without(decoding)?,
+        attention_decode_fs: femtoseconds(decode_s)?,
+        attention_chunk_fs: femtoseconds(chunk_s)?,
+    };
+    Ok((cached, layers, copied))
+}
+
+/// Points of times less what is known of them, never falling and never next to nothing.
+fn without(times: impl IntoIterator<Item = (u32, f64, f64)>) -> Result<Vec<Point>, MeasureError> {
+    let mut points: Vec<Point> = Vec::new();
+    for (rows, seconds, known) in times {
+        let least = points.last().map_or(0.0, |p| p.fs as f64 * 1e-15);
+        let bare = (seconds - known).max(seconds.abs() * 0.05);
+        points.push(point(rows, at_most_in_parts(&points, rows, bare).max(least))?);
+    }
+    Ok(points)
+}
+
+/// A time for so many rows that is no longer than what it takes to compute them in parts as large as the last size that was
+/// measured: where it came out longer, something else had the processor.
+fn at_most_in_parts(measured: &[Point], rows: u32, seconds: f64) -> f64 {
+    let parts = |p: &Point| p.fs as f64 * 1e-15 * f64::from(rows.div_ceil(p.rows.max(1)));
+    measured.last().map_or(seconds, |p| seconds.min(parts(p)))
+}
+
+/// The first type's weights from main memory, and what models between feel of it.
+fn first_uncached(
+    options: &MeasureOptions,
+    large: Shape,
+    cached: &[Point],
+    layers: &Layers,
+) -> Result<(Vec<Point>, Vec<WorkingSet>), MeasureError> {
+    let few = few_rows(options, large, FIRST, UNCACHED_BYTES, &FEW_ROWS, &layers.besides)?;
+    let at = |rows| seconds_at(cached, rows);
+    let row_s = (at(1), few.first().copied().unwrap_or(0.0));
+    let bytes = |layers: u32| types::row_bytes(FIRST, large.weights()).unwrap_or(0) * u64::from(layers);
+    let mut sets = vec![WorkingSet { bytes: bytes(large.layers), uncached_permille: 0 }];
+    // On a graphics unit the large one is beyond every cache already.
+    for wanted in BETWEEN_BYTES.into_iter().filter(|&wanted| wanted > bytes(large.layers)) {
+        let between = few_rows(options, large, FIRST, wanted, &FEW_ROWS[..1], &layers.besides)?;
+        // Where both are alike it makes no difference; then nothing is promised of caches.
+        let felt = match row_s.1 - row_s.0 {
+            more if more > row_s.0 * ALIKE => (between.first().copied().unwrap_or(f64::INFINITY) - row_s.0) / more,
+            _ => 1.0,
+        };
+        let before = sets.last().map_or(0, |s| s.uncached_permille);
+        let uncached_permille = ((felt.clamp(0.0, 1.0) * 1000.0) as u16).max(before);
+        sets.push(WorkingSet { bytes: bytes(layers_for(large, FIRST, wanted)), uncached_permille });
+    }
+    sets.push(WorkingSet { bytes: UNCACHED_BYTES.max(bytes(large.layers) + 1), uncached_permille: 1000 });
+    Ok((with_uncached(cached, &few)?, sets))
+}
+
+/// A curve of weights that caches hold, made one of weights that come from main memory: measured for few rows; more take
+/// longer by as much as the last of these.
+fn with_uncached(cached: &[Point], few: &[f64]) -> Result<Vec<Point>, MeasureError> {
+    let slower = |rows: u32, s: f64| s - seconds_at(cached, rows);
+    let mut more = 0.0f64;
+    let points = cached.iter().enumerate().map(|(i, p)| {
+        let s = seconds_at(cached, p.rows);
+        more = few.get(i).map_or(more, |&uncached| slower(p.rows, uncached).max(0.0));
+        point(p.rows, s + more)
+    });
+    points.collect()
+}
+
+/// So many layers take so many bytes at least.
+fn layers_for(shape: Shape, ggml_type: u32, bytes: u64) -> u32 {
+    let each = types::row_bytes(ggml_type, shape.weights()).unwrap_or(shape.weights()).max(1);
+    (bytes.div_ceil(each) as u32).max(shape.layers)
+}
+
+/// Seconds for a weight of a model of so many bytes, for few rows; a layer's other work is taken off.
+fn few_rows(
     options: &MeasureOptions,
     shape: Shape,
     ggml_type: u32,
-    other: impl Fn(u32) -> f64,
-) -> Result<[f64; FEW_ROWS.len()], MeasureError> {
-    let bytes = types::row_bytes(ggml_type, shape.weights()).unwrap_or(shape.weights()).max(1);
-    let shape = Shape { layers: (UNCACHED_BYTES.div_ceil(bytes) as u32).max(shape.layers), ..shape };
-    let mut bench = Bench::open(options, shape, ggml_type, FEW_ROWS_CTX)?;
-    let mut each = [0.0; FEW_ROWS.len()];
-    for (rows, each) in FEW_ROWS.into_iter().zip(&mut each) {
-        let time = bench.time(rows, 0)?;
-        *each = (time - other(rows)).max(time * 0.1) / shape.weights() as f64;
+    bytes: u64,
+    rows: &[u32],
+    besides: &[Point],
+) -> Result<Vec<f64>, MeasureError> {
+    let shape = Shape { layers: layers_for(shape, ggml_type, bytes), ..shape };
+    let mut bench = Bench::open(options, shape, ggml_type, (1, FEW_ROWS_CTX))?;
+    let mut least = vec![f64::INFINITY; rows.len()];
+    for _ in 0..PASSES {
+        for (&rows, least) in rows.iter().zip(&mut least) {
+            *least = each_weight(&mut bench, shape, rows, besides)?.min(*least);
+        }
     }
-    Ok(each)
+    Ok(least)
 }
 
-/// Seconds of a layer of two models for so many rows, measured in turns: whatever slows the machine slows both.
-fn pair(a: &mut Bench, b: &mut Bench, rows: u32) -> Result<(f64, f64), MeasureError> {
-    let began = Instant::now();
-    let (mut least, mut times) = ((f64::INFINITY, f64::INFINITY), 0);
-    while times == 0 || (times < REPEATS && began.elapsed() < 2 * REPEAT_FOR) {
-        least = (a.run(rows, 0)?.min(least.0), b.run(rows, 0)?.min(least.1));
-        times += 1;
-    }
-    Ok((least.0 / a.layers, least.1 / b.layers))
+fn each_weight(bench: &mut Bench, shape: Shape, rows: u32, besides: &[Point]) -> Result<f64, MeasureError> {
+    let time = bench.time(Work::Rows(rows, 0))?;
+    Ok((time - seconds_at(besides, rows)).max(time * 0.1) / shape.weights() as f64)
 }
 
 fn type_curve(
     options: &MeasureOptions,
     shape: Shape,
     ggml_type: u32,
-    rest: &[Point],
+    besides: &[Point],
 ) -> Result<TypeCurve, MeasureError> {
-    let other = |rows| seconds_at(rest, rows);
-    let (mut per_weight, mut floor) = (Vec::new(), 0.0f64);
-    for (rows, each) in FEW_ROWS.into_iter().zip(uncached(options, shape, ggml_type, other)?) {
-        floor = floor.max(each);
-        per_weight.push(point(rows, floor)?);
-    }
-    let mut bench = Bench::open(options, shape, ggml_type, UBATCH)?;
+    let mut bench = Bench::open(options, shape, ggml_type, (1, UBATCH))?;
     let mut cached = Vec::new();
-    for rows in FEW_ROWS.into_iter().chain(FEWER_ROWS) {
-        let time = bench.time(rows, 0)?;
-        let each = (time - other(rows)).max(time * 0.1) / shape.weights() as f64;
-        cached.push(point(rows, each)?);
-        if FEWER_ROWS.contains(&rows) {
-            // What comes out of a cache is not faster for more rows than what comes out of memory for one.
-            per_weight.push(point(rows, each.max(floor))?);
-        }
+    for rows in FEW_ROWS.into_iter().chain(MORE_ROWS) {
+        let each = each_weight(&mut bench, shape, rows, besides)?;
+        cached.push(point(rows, at_most_in_parts(&cached, rows, each))?);
     }
-    Ok(TypeCurve { ggml_type, per_weight, per_cached_weight: cached, copied: bench.copied() })
+    let copied = bench.copied();
+    drop(bench);
+    let few = few_rows(options, shape, ggml_type, UNCACHED_BYTES, &FEW_ROWS, besides)?;
+    Ok(TypeCurve { ggml_type, per_weight: with_uncached(&cached, &few)?, per_cached_weight: cached, copied })
+}
+
+/// Seconds to take logits out and draw a token among them.
+fn draw_s() -> Result<f64, MeasureError> {
+    // Of a draw at temperature 1 every entry's power counts, whatever it is.
+    let logits: Vec<f32> = (0..LOGITS).map(|i| (i % 97) as f32 * 0.05).collect();
+    let mut sampler = Sampler::with_vocab_size(&Sampling::default(), LOGITS)?;
+    let mut least = f64::INFINITY;
+    for _ in 0..DRAWS {
+        let began = Instant::now();
+        let taken = std::hint::black_box(logits.clone());
+        std::hint::black_box(sampler.sample(&taken)?);
+        least = least.min(began.elapsed().as_secs_f64());
+    }
+    Ok(least)
 }
 
 fn seconds_at(points: &[Point], rows: u32) -> f64 {
@@ -208,92 +379,5 @@ fn femtoseconds(seconds: f64) -> Result<u64, MeasureError> {
         Ok(fs.round() as u64)
     } else {
         Err(MeasureError::Nonsense("more weights took less time"))
-    }
-}
-
-/// A made-up model, loaded.
-struct Bench {
-    context: Context,
-    layers: f64,
-    step: u64,
-}
-
-/// A file that goes with this.
-struct Gone<'a>(&'a Path);
-
-impl Drop for Gone<'_> {
-    fn drop(&mut self) {
-        std::fs::remove_file(self.0).ok();
-    }
-}
-
-impl Bench {
-    fn open(options: &MeasureOptions, shape: Shape, ggml_type: u32, ctx: u32) -> Result<Self, MeasureError> {
-        let path = options.folder.join(format!("measure-{}-{ggml_type}.gguf", std::process::id()));
-        let _gone = Gone(&path);
-        shape.write(ggml_type, &path)?;
-        let model = ModelOptions { gpu_layers: options.gpu_layers, ..ModelOptions::default() };
-        let context = ContextOptions {
-            ctx_per_slot: ctx,
-            ubatch: UBATCH,
-            threads: options.threads,
-            outputs_max: Some(UBATCH),
-            ..ContextOptions::default()
-        };
-        let context = Context::new(Model::load(&path, model)?, &context)?;
-        let mut bench = Self { context, layers: f64::from(shape.layers), step: 0 };
-        // The first ones find cold caches and are not counted.
-        bench.run(1, 0)?;
-        bench.run(16, 0)?;
-        Ok(bench)
-    }
-
-    fn copied(&self) -> bool {
-        self.context.model().copied_bytes() > 0
-    }
-
-    /// Seconds that attention takes for one operation: in decode, and in a chunk.
-    fn attention(&mut self, shape: Shape) -> Result<(f64, f64), MeasureError> {
-        let (near, chunk) = (self.time(1, 0)?, self.time(UBATCH, 0)?);
-        for start in (0..DEEP - UBATCH).step_by(UBATCH as usize) {
-            self.run(UBATCH, start)?;
-        }
-        let deep_chunk = self.time(UBATCH, DEEP - UBATCH)?;
-        self.run(UBATCH, DEEP - UBATCH)?;
-        let far = self.time(1, DEEP)?;
-        let flops = shape.attention_flops() as f64;
-        let decode = (far - near) / (flops * f64::from(DEEP));
-        let rows = f64::from(UBATCH) * f64::from(DEEP - UBATCH);
-        Ok((decode, (deep_chunk - chunk) / (flops * rows)))
-    }
-
-    /// Seconds of a layer for so many rows behind `start` tokens, which are there.
-    fn time(&mut self, rows: u32, start: u32) -> Result<f64, MeasureError> {
-        let began = Instant::now();
-        let (mut least, mut times) = (f64::INFINITY, 0);
-        while times == 0 || (times < REPEATS && began.elapsed() < REPEAT_FOR) {
-            least = self.run(rows, start)?.min(least);
-            times += 1;
-        }
-        Ok(least / self.layers)
-    }
-
-    /// Computes rows at `start` and says how long it took; what was there from `start` on is forgotten.
-    fn run(&mut self, rows: u32, start: u32) -> Result<f64, MeasureError> {
-        // Rows whose logits nobody wants leave the last layer half-way.
-        let row = |i| Row { slot: 0, pos: start + i, output: true };
-        let batch = MicroBatch {
-            epoch: Epoch::default(),
-            step: self.step,
-            ops: vec![if start == 0 { KvOp::Clear { slot: 0 } } else { KvOp::Trim { slot: 0, from: start } }],
-            rows: (0..rows).map(row).collect(),
-            payload: Payload::Tokens(vec![3; rows as usize]),
-        };
-        self.step += 1;
-        let began = Instant::now();
-        match self.context.decode(&batch)? {
-            StageOutput::Logits(_) => Ok(began.elapsed().as_secs_f64()),
-            StageOutput::Hidden(_) => Err(MeasureError::Nonsense("a whole model gave hidden states")),
-        }
     }
 }

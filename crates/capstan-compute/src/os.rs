@@ -60,7 +60,7 @@ pub(crate) fn cache_bytes() -> Option<u64> {
 #[cfg(target_os = "linux")]
 pub(crate) fn peak_rss_bytes() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    peak_of(&status).unwrap_or(0)
+    bytes_of(&status, "VmHWM:").unwrap_or(0)
 }
 
 /// Elsewhere it is not known.
@@ -69,10 +69,23 @@ pub(crate) fn peak_rss_bytes() -> u64 {
     0
 }
 
-/// The high-water mark in a `/proc/PID/status`, in bytes.
+/// The memory that this process holds now, mapped files included, in bytes; 0 where the system does not tell.
 #[cfg(target_os = "linux")]
-fn peak_of(status: &str) -> Option<u64> {
-    let rest = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+pub(crate) fn rss_bytes() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    bytes_of(&status, "VmRSS:").unwrap_or(0)
+}
+
+/// Elsewhere it is not known.
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn rss_bytes() -> u64 {
+    0
+}
+
+/// A size in a `/proc/PID/status`, in bytes.
+#[cfg(target_os = "linux")]
+fn bytes_of(status: &str, name: &str) -> Option<u64> {
+    let rest = status.lines().find_map(|line| line.strip_prefix(name))?;
     rest.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
 }
 
@@ -81,12 +94,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_high_water_mark_is_read() {
-        assert_eq!(peak_of("VmPeak:\t 9 kB\nVmHWM:\t    1234 kB\nVmRSS:\t 1 kB\n"), Some(1234 * 1024));
-        assert_eq!(
-            (peak_of(""), peak_of("VmHWM: many kB"), peak_of("VmHWM: 18446744073709551615 kB")),
-            (None, None, None)
-        );
-        assert!(peak_rss_bytes() > 1 << 20);
+    fn sizes_of_a_process_are_read() {
+        let status = "VmPeak:\t 9 kB\nVmHWM:\t    1234 kB\nVmRSS:\t 1 kB\n";
+        assert_eq!((bytes_of(status, "VmHWM:"), bytes_of(status, "VmRSS:")), (Some(1234 * 1024), Some(1024)));
+        for bad in ["", "VmHWM: many kB", "VmHWM: 18446744073709551615 kB"] {
+            assert_eq!(bytes_of(bad, "VmHWM:"), None, "{bad}");
+        }
+        assert!(peak_rss_bytes() >= rss_bytes() && rss_bytes() > 1 << 20);
     }
 }

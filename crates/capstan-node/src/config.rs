@@ -13,6 +13,22 @@ const DRAIN_LIMIT: Duration = Duration::from_secs(60);
 /// A machine that restarts is back within this time; whoever waits longer wants to know.
 const RESUME_LIMIT: Duration = Duration::from_secs(600);
 
+/// When a node looks whether a model would be better off elsewhere.
+#[derive(Clone, Copy, Debug)]
+pub struct Moves {
+    /// Between two looks.
+    pub look_every: Duration,
+    /// A model is watched for so long before its use is believed.
+    pub watched_min: Duration,
+}
+
+impl Default for Moves {
+    /// Once a minute, after ten minutes.
+    fn default() -> Self {
+        Self { look_every: Duration::from_secs(60), watched_min: Duration::from_secs(600) }
+    }
+}
+
 /// What a node is told when it starts.
 #[derive(Clone, Debug)]
 pub struct NodeConfig {
@@ -34,6 +50,8 @@ pub struct NodeConfig {
     pub mdns: bool,
     /// The control protocols that it speaks: this build's, unless a test plays another build.
     pub speaks: Hello,
+    /// When it looks whether a model would be better off elsewhere.
+    pub moves: Moves,
     /// How long a driver may have requests and say nothing of them before its process counts as hung.
     pub stall_limit: Duration,
     /// How long a node that is stopped lets answers in progress finish.
@@ -77,6 +95,7 @@ impl NodeConfig {
             measure: true,
             mdns: true,
             speaks: Hello::ours(env!("CARGO_PKG_VERSION")),
+            moves: Moves::default(),
             stall_limit: STALL_LIMIT,
             drain_limit: DRAIN_LIMIT,
             resume_limit: RESUME_LIMIT,

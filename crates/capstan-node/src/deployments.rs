@@ -331,7 +331,8 @@ pub(crate) async fn load_because(
         (false, true) => Choice::Nodes(nodes.clone()),
         (true, true) => Choice::Planner,
     };
-    let options = PlanOptions { ctx, slots, spares_per_stage, draft_bytes, ubatch, nodes, layers };
+    let objective = request.objective.unwrap_or_default();
+    let options = PlanOptions { ctx, slots, spares_per_stage, draft_bytes, ubatch, objective, nodes, layers };
     let sparse = request.rehearsal.is_some_and(|r| r.sparse);
     let (placement, forecast) = placing::place(shared, &model, options, sparse).await?;
     let count = placement.stages().len();

@@ -1,8 +1,9 @@
 //! The nodes that answer, as the planner wants them: what they have free, how fast they were measured, what connects them.
 use capstan_gguf::ModelProfile;
 use capstan_planner::forecast::{Pipeline, Placed, SEQUENCES, Wiring};
+use capstan_planner::machines::DISK_BYTES_PER_S;
 use capstan_planner::timing::{Batch, Times};
-use capstan_planner::{Link, Links, NodeResources, Placement, Rates, Sizes, StagePlan};
+use capstan_planner::{Link, Links, NodeResources, Objective, Placement, Rates, Sizes, StagePlan, nodes};
 use capstan_proto::NodeId;
 use capstan_proto::manage::{DecodeForecast, FirstTokenForecast, LoadForecast, NodeStatus};
 
@@ -36,14 +37,28 @@ impl Fleet {
         self
     }
 
-    /// Seconds from one token of a lone answer to the next; none while something was not measured.
-    pub(crate) fn step_s(&self, profile: &ModelProfile, placement: &Placement) -> Option<f64> {
-        self.with_pipeline(profile, placement, (0, 0, 1), |p| p.decode(Wiring::Capstan, 1, DEPTH_TOKENS).step_s)
+    /// Seconds that a row of an answer takes, of a lone one or of as many as there are slots, as is wanted; none while
+    /// something was not measured.
+    pub(crate) fn row_s(
+        &self,
+        profile: &ModelProfile,
+        placement: &Placement,
+        objective: Objective,
+        slots: u32,
+    ) -> Option<f64> {
+        let sequences = if objective == Objective::Latency { 1 } else { slots };
+        let of = |p: &Pipeline| 1.0 / p.decode(Wiring::Capstan, sequences, DEPTH_TOKENS).tokens_per_s;
+        self.with_pipeline(profile, placement, &Sizes::of(profile), (0, 0, 1), of)
     }
 
-    /// What each has free, and how long it takes for this model's layers if it was measured.
-    pub(crate) fn nodes(&self, profile: &ModelProfile) -> Vec<NodeResources> {
-        let batch = Batch::Decode { sequences: 1, depth_tokens: DEPTH_TOKENS };
+    /// What each has free, and how long it takes for this model's layers if it was measured: for a row, or for as many as
+    /// decode at once on each where many are to be answered.
+    pub(crate) fn nodes(&self, profile: &ModelProfile, objective: Objective, slots: u32) -> Vec<NodeResources> {
+        let sequences = match objective {
+            Objective::Latency => 1,
+            Objective::Throughput | Objective::Balanced => slots.div_ceil(self.0.len().max(1) as u32).max(1),
+        };
+        let batch = Batch::Decode { sequences, depth_tokens: DEPTH_TOKENS };
         let times = |n: &NodeStatus| Some(Times::of(profile, &Rates::measured(n.profile.clone()?), batch));
         let node = |n: &NodeStatus| NodeResources {
             id: n.id,
@@ -59,11 +74,10 @@ impl Fleet {
         &self,
         profile: &ModelProfile,
         placement: &Placement,
-        ctx: u32,
-        slots: u32,
-        ubatch: u32,
+        sizes: &Sizes,
+        (ctx, slots, ubatch): (u32, u32, u32),
     ) -> Option<LoadForecast> {
-        self.with_pipeline(profile, placement, (ctx, slots, ubatch), |pipeline| {
+        self.with_pipeline(profile, placement, sizes, (ctx, slots, ubatch), |pipeline| {
             let decode = |sequences: u32, depth_tokens: u64| DecodeForecast {
                 sequences,
                 depth_tokens,
@@ -78,6 +92,8 @@ impl Fleet {
             LoadForecast {
                 first_token: PROMPTS.into_iter().filter(|&p| p < ctx).map(first_token).collect(),
                 decode: depths.chain(many).collect(),
+                resident_bytes: pipeline.resident_bytes(ctx, ubatch),
+                load_s: pipeline.load_again_s(),
             }
         })
     }
@@ -87,10 +103,10 @@ impl Fleet {
         &self,
         profile: &ModelProfile,
         placement: &Placement,
+        sizes: &Sizes,
         (ctx, slots, ubatch): (u32, u32, u32),
         of: impl FnOnce(&Pipeline) -> T,
     ) -> Option<T> {
-        let sizes = Sizes::of(profile);
         let placed = |s: &StagePlan| {
             let node = self.0.iter().position(|n| n.id == s.node)?;
             Some(Placed {
@@ -109,24 +125,23 @@ impl Fleet {
 
     /// The links from each stage to the next, the last one's to the first. Stages of one node need none.
     fn ring(&self, stages: &[Placed]) -> Option<Vec<Link>> {
-        let here = Link { rtt_s: 0.0, bytes_per_s: f64::INFINITY };
         let links = self.links();
         let hop = |(i, s): (usize, &Placed)| match stages[(i + 1) % stages.len()].node {
-            node if node == s.node => Some(here),
+            node if node == s.node => self.0.get(node).map(nodes::within),
             node => links.as_ref().map(|l| l.between(s.node, node)),
         };
         stages.iter().enumerate().map(hop).collect()
     }
 
-    /// What connects them. Two that were not measured count as connected like the worst of those that were; none where
-    /// none was.
+    /// What a node's disk reads, in bytes per second.
+    pub(crate) fn disk_bytes_per_s(&self, node: NodeId) -> f64 {
+        let measured = self.0.iter().find(|n| n.id == node).and_then(|n| n.profile.as_ref());
+        measured.map(|p| p.disk_bytes_per_s).filter(|&rate| rate > 0).map_or(DISK_BYTES_PER_S, |rate| rate as f64)
+    }
+
+    /// What connects them.
     pub(crate) fn links(&self) -> Option<Links> {
-        let place = |id| self.0.iter().position(|n| n.id == id);
-        let between: Vec<(usize, usize, Link)> = (self.0.iter().enumerate())
-            .flat_map(|(a, n)| n.links.iter().filter_map(move |l| Some((a, place(l.to)?, link(l)))))
-            .collect();
-        let slowest = between.iter().map(|(.., l)| *l).max_by(|a, b| a.way_s(1e4).total_cmp(&b.way_s(1e4)))?;
-        Some(Links { usual: slowest, between })
+        nodes::links(&self.0)
     }
 }
 
@@ -146,10 +161,4 @@ pub(crate) fn sentence(forecast: &LoadForecast) -> String {
             .map(|f| format!("{:.1} s to the first token after a prompt of {} tokens", f.seconds, f.prompt_tokens)),
     );
     format!("forecast: {}", parts.join(", "))
-}
-
-/// The planner takes a link to be the same both ways: the slower way counts.
-fn link(l: &capstan_proto::manage::LinkStatus) -> Link {
-    let bytes_per_s = l.up_bytes_per_s.min(l.down_bytes_per_s).max(1) as f64;
-    Link { rtt_s: l.rtt_us as f64 / 1e6, bytes_per_s }
 }

@@ -96,8 +96,7 @@ async fn device(shared: &Shared, hardware: String, known: Option<DeviceProfile>)
     std::fs::remove_dir_all(&folder).ok();
     std::fs::create_dir_all(&folder).map_err(|e| e.to_string())?;
     let c = &shared.config;
-    let types: Vec<u32> = known.iter().flat_map(|p| &p.types).map(|t| t.ggml_type).collect();
-    let child = capstan_compute::host::profile(&c.compute_command, &folder, c.threads, c.gpu_layers, &types);
+    let child = capstan_compute::host::profile(&c.compute_command, &folder, c.threads, c.gpu_layers, known.as_ref());
     let give_way = async {
         while !shared.machine.is_busy() {
             sleep(GIVE_WAY).await;
@@ -114,7 +113,6 @@ async fn device(shared: &Shared, hardware: String, known: Option<DeviceProfile>)
         Some(Ok(Err(error))) => return Err(error.to_string()),
         Some(Ok(Ok(profile))) => DeviceProfile { hardware, ..profile },
     };
-    let profile = with_earlier(profile, known);
     profile.check().map_err(|e| e.to_string())?;
     if let Err(error) = files::write_json(&kept(&shared.config.data_dir), &profile) {
         tracing::warn!(%error, "what was measured could not be saved; it will be measured again at the next start");
@@ -122,17 +120,6 @@ async fn device(shared: &Shared, hardware: String, known: Option<DeviceProfile>)
     tracing::info!(ms = profile.took_ms, types = profile.types.len(), "this machine was measured");
     shared.machine.set_profile(profile);
     Ok(())
-}
-
-/// A measurement, and the types that an earlier one knew.
-fn with_earlier(mut profile: DeviceProfile, earlier: Option<DeviceProfile>) -> DeviceProfile {
-    for of_type in earlier.into_iter().flat_map(|p| p.types) {
-        // One type is measured each time.
-        if !profile.types.iter().any(|t| t.ggml_type == of_type.ggml_type) {
-            profile.types.push(of_type);
-        }
-    }
-    profile
 }
 
 /// Measures the link to each member that this end has to measure, once.

@@ -4,7 +4,6 @@
 //! saved pays for the time in which they do not answer ([`capstan_planner::Move`]). The log and the model's detail say so.
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Duration;
 
 use capstan_gguf::ModelProfile;
 use capstan_planner::{Move, Placement, StagePlan, machines};
@@ -17,10 +16,6 @@ use crate::fleet::Fleet;
 use crate::node::Shared;
 use crate::placing;
 
-/// Between two looks.
-const LOOK_EVERY: Duration = Duration::from_secs(60);
-/// A model is watched for so long before its use is believed.
-const WATCHED_MIN: Duration = Duration::from_secs(600);
 /// What starting processes, caches and links takes besides reading and sending, in seconds.
 const START_S: f64 = 3.0;
 
@@ -37,11 +32,11 @@ fn usage(d: &DeploymentStatus) -> (u64, bool) {
     (rows, d.stages.iter().any(|s| s.stats.slots_used > 0 || s.stats.queued > 0))
 }
 
-/// Looks once a minute whether a model would be better off elsewhere.
+/// Looks again and again whether a model would be better off elsewhere.
 pub(crate) async fn move_loop(shared: Arc<Shared>) {
     let mut watched: HashMap<DeploymentId, Watched> = HashMap::new();
     loop {
-        sleep(LOOK_EVERY).await;
+        sleep(shared.config.moves.look_every).await;
         let movable = shared.deployments.movable();
         watched.retain(|id, _| movable.iter().any(|m| m.status.id == *id));
         for one in movable {
@@ -50,7 +45,7 @@ pub(crate) async fn move_loop(shared: Arc<Shared>) {
             let seen = watched.entry(one.status.id).or_insert(Watched { since: now, rows, rows_at_last_look: rows });
             let idle = !busy && rows == std::mem::replace(&mut seen.rows_at_last_look, rows);
             let watched_for = now - seen.since;
-            if one.status.health != Health::Ready || !idle || watched_for < WATCHED_MIN {
+            if one.status.health != Health::Ready || !idle || watched_for < shared.config.moves.watched_min {
                 continue;
             }
             // A new epoch counts from zero.
@@ -80,7 +75,9 @@ async fn worth(shared: &Arc<Shared>, one: &Movable, rows_per_s: f64) -> Option<(
     if then.stages().iter().map(|s| (s.node, s.layers)).eq(stages.iter().map(|s| (s.node, s.layers))) {
         return None;
     }
-    let (now_s, then_s) = (fleet.step_s(&profile, &now)?, fleet.step_s(&profile, &then)?);
+    let (objective, slots) = (one.request.objective.unwrap_or_default(), one.status.slots);
+    let row_s = |placement| fleet.row_s(&profile, placement, objective, slots);
+    let (now_s, then_s) = (row_s(&now)?, row_s(&then)?);
     let found = Move { now_s, then_s, rows_per_s, reload_s: reload_s(&fleet, &profile, &stages, &then) };
     let because = found.pays()?;
     let layers = stages.iter().map(|s| (s.node_name.clone(), s.layers)).collect();
@@ -95,7 +92,7 @@ fn reload_s(fleet: &Fleet, profile: &ModelProfile, now: &[StagePlan], then: &Pla
     };
     let new = |s: &&StagePlan| !now.iter().any(|old| (old.node, old.layers) == (s.node, s.layers));
     let sent: f64 = then.stages().iter().filter(new).map(bytes).sum();
-    let read = then.stages().iter().map(bytes).fold(0.0, f64::max) / machines::DISK_BYTES_PER_S;
+    let read = then.stages().iter().map(|s| bytes(s) / fleet.disk_bytes_per_s(s.node)).fold(0.0, f64::max);
     let rate = fleet.links().map_or(machines::DISK_BYTES_PER_S, |l| l.usual.bytes_per_s);
     START_S + read + sent / rate
 }

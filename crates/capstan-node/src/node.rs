@@ -393,11 +393,12 @@ impl Node {
         if shared.config.measure {
             tokio::spawn(until_stopped(shared.clone(), measuring::device_loop(shared.clone())));
             tokio::spawn(until_stopped(shared.clone(), measuring::link_loop(shared.clone())));
-            tokio::spawn(until_stopped(shared.clone(), moving::move_loop(shared.clone())));
         }
         tokio::spawn(until_stopped(shared.clone(), replicas::exchange_loop(shared.clone())));
         tokio::spawn(until_stopped(shared.clone(), replicas::copy_loop(shared.clone())));
         tokio::spawn(until_stopped(shared.clone(), pulling::resume(shared.clone())));
+        // Without what was measured, now or before, nothing moves.
+        tokio::spawn(until_stopped(shared.clone(), moving::move_loop(shared.clone())));
         Ok(Arc::new(Node { shared, router }))
     }
 

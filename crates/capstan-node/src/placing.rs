@@ -9,6 +9,7 @@ use crate::cutter::OpenModel;
 use crate::deployments::Movable;
 use crate::fleet::Fleet;
 use crate::node::Shared;
+use crate::scheduling::spares_per_stage;
 
 /// A placement, and how fast it will be if that is known. Of a sparse model's weights none count.
 pub(crate) async fn place(
@@ -23,13 +24,11 @@ pub(crate) async fn place(
 /// The best placement of a model that is served already, on nodes that have free what it holds there; none when there is
 /// no better one to be found.
 pub(crate) async fn again(shared: &Arc<Shared>, one: &Movable, fleet: Fleet) -> Option<Placement> {
-    // As at the load: room for snapshots where guesses cannot be trimmed.
-    let spares = one.request.speculation.unwrap_or(true);
-    let spares_per_stage = u32::from(spares && one.model.rollback() == capstan_proto::data::Rollback::Copy);
     let options = PlanOptions {
         ctx: one.status.ctx,
         slots: one.status.slots,
-        spares_per_stage,
+        spares_per_stage: spares_per_stage(one.request.speculation.unwrap_or(true), one.model.rollback()),
+        objective: one.request.objective.unwrap_or_default(),
         ubatch: crate::deployments::UBATCH,
         ..PlanOptions::default()
     };
@@ -76,14 +75,14 @@ pub(crate) async fn place_on(
             sizes.ends_bytes = 0;
         }
         let placement = plan(&PlanInput {
-            nodes: fleet.nodes(&profile),
+            nodes: fleet.nodes(&profile, options.objective, slots),
             links: fleet.links(),
             sizes: &sizes,
             window_problem: &|range| model.window_problem(range),
             split_problem: model.split_problem(),
             options,
         })?;
-        let forecast = fleet.forecast(&profile, &placement, ctx, slots, ubatch);
+        let forecast = fleet.forecast(&profile, &placement, &sizes, (ctx, slots, ubatch));
         Ok((placement, forecast))
     });
     let planned = planned.await.map_err(|e| ManageError::new(500, format!("planning failed: {e}")))?;

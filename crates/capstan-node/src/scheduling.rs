@@ -73,6 +73,7 @@ impl Wanted {
             spares_per_stage: self.spares_per_stage(),
             draft_bytes: self.draft_bytes(b.ctx, b.ubatch),
             ubatch: b.ubatch,
+            objective: b.request.as_ref().and_then(|r| r.objective).unwrap_or_default(),
             nodes,
             layers: vec![],
         }
@@ -84,7 +85,7 @@ impl Wanted {
 
     /// Sequences that a placement keeps beyond the slots, for each of its stages.
     pub(crate) fn spares_per_stage(&self) -> u32 {
-        u32::from(self.speculates() && self.rollback == Rollback::Copy)
+        spares_per_stage(self.speculation, self.rollback)
     }
 
     /// What the draft model takes beside the last stage, in bytes.
@@ -122,6 +123,11 @@ impl Wanted {
         };
         (scheduling, draft)
     }
+}
+
+/// Sequences that a placement keeps beyond the slots for each of its stages: snapshots of guesses that cannot be trimmed.
+pub(crate) fn spares_per_stage(speculation: bool, rollback: Rollback) -> u32 {
+    u32::from(speculation && rollback == Rollback::Copy)
 }
 
 fn open_draft(path: &Path, node: &str) -> Result<OpenModel, ManageError> {

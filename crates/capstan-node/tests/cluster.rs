@@ -5,9 +5,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use capstan_node::config::Moves;
 use capstan_node::{Node, NodeConfig, NodeError, Service};
-use capstan_proto::child::{CHILD_VERSION, FromChild, PeerAddr, StageInfo};
+use capstan_proto::child::{CHILD_VERSION, ChildStats, FromChild, PeerAddr, StageInfo};
 use capstan_proto::control::{CONTROL_ALPN, Hello};
+use capstan_proto::device::{DeviceProfile, Point, TypeCurve};
 use capstan_proto::generate::{ErrorKind, GenerateEvent, GenerateRequest, Prompt};
 use capstan_proto::manage::{Health, LoadEvent, LoadRequest, ManageError};
 use capstan_proto::{Epoch, LayerRange, codec, limits};
@@ -77,6 +79,7 @@ fn request(path: &Path) -> LoadRequest {
         draft: None,
         prefix_cache: None,
         decode_slowdown: None,
+        objective: None,
         rehearsal: None,
     }
 }
@@ -413,4 +416,65 @@ async fn a_coordinator_that_comes_back_gets_its_stage_though_the_old_one_still_e
     let name = a.status().await.deployments[0].name.clone();
     a.unload(name).await.unwrap();
     assert!(!lives(&pids[1]), "unload waits for the process's end");
+}
+
+/// A device profile with which a layer takes so long for a row, whatever its weights.
+fn device(layer_s: f64) -> DeviceProfile {
+    let point = |fs| vec![Point { rows: 1, fs }];
+    let fs = (layer_s * 1e15) as u64;
+    let curve = TypeCurve { ggml_type: 0, per_weight: point(1), per_cached_weight: point(1), copied: false };
+    DeviceProfile {
+        hardware: "a test".into(),
+        types: vec![curve],
+        per_layer: point(fs),
+        per_decode_layer: point(fs),
+        layer_width: 64,
+        attention_decode_fs: 1,
+        attention_chunk_fs: 1,
+        logit_fs: 1,
+        ..DeviceProfile::default()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_model_moves_by_itself_to_a_node_that_is_faster_and_says_why() {
+    // Ready at once; then rows are computed, ever more of them, with pauses in which nobody asks anything.
+    let says = [
+        FromChild::Hello { version: CHILD_VERSION },
+        FromChild::Loaded { addr: PeerAddr { key: [7; 32], addrs: vec![] }, info: StageInfo::default() },
+        FromChild::Connected { epoch: Epoch(1) },
+    ];
+    let start = async |name: &str, layer_s: f64| {
+        let dir = tempfile::tempdir().unwrap();
+        let mut config = config(dir.path(), name);
+        let (mut command, _) = rote_child(dir.path(), &says);
+        for i in 0..10 {
+            let stats = FromChild::Stats(ChildStats { rows: 1000 * (i + 1), ..ChildStats::default() });
+            let frame = codec::encode(&stats, limits::MESSAGE_BYTES_MAX).unwrap();
+            std::fs::write(dir.path().join(format!("frames.{i}")), frame).unwrap();
+        }
+        let rows = r#"for i in 0 1 2 3 4 5 6 7 8 9; do sleep 1; cat "$0.$i"; done; exec sleep"#;
+        command[2] = command[2].to_str().unwrap().replace("exec sleep", rows).into();
+        config.compute_command = command;
+        config.moves = Moves { look_every: Duration::from_millis(50), watched_min: Duration::ZERO };
+        let profile = serde_json::to_vec(&device(layer_s)).unwrap();
+        std::fs::write(dir.path().join("device.json"), profile).unwrap();
+        (Node::start(config).await.unwrap(), dir)
+    };
+    let (slow, slow_dir) = start("slow", 0.2).await;
+    let events = outcome(&slow, request(&tiny_model(slow_dir.path()))).await;
+    assert!(matches!(events.last(), Some(LoadEvent::Ready { .. })), "{events:?}");
+    let served_by = || async {
+        let deployment = slow.status().await.deployments.into_iter().next();
+        deployment.filter(|d| d.health == Health::Ready).map(|d| (d.stages[0].node_name.clone(), d.detail))
+    };
+    assert_eq!(served_by().await, Some(("slow".into(), String::new())));
+
+    let (fast, _dir) = start("fast", 0.001).await;
+    fast.join(slow.ticket(600, false).await.unwrap().ticket).await.unwrap();
+    until("it is served by the fast node", || async { served_by().await.is_some_and(|(node, _)| node == "fast") })
+        .await;
+    let (_, detail) = served_by().await.unwrap();
+    assert!(detail.contains("moved by itself") && detail.contains("% faster"), "{detail}");
+    slow.unload("tiny".into()).await.unwrap();
 }

@@ -26,7 +26,7 @@
 //! | `rest` | what the layers after a prefix take at least |
 //! | `guess` | first guesses |
 use capstan_proto::LayerRange;
-use serde::{Deserialize, Serialize};
+pub use capstan_proto::manage::Objective;
 
 use self::search::{Goal, Search};
 
@@ -44,30 +44,6 @@ mod search;
 pub const BALANCED_SLACK: f64 = 1.15;
 /// Sums in another order differ in the last bits; this much is no difference.
 pub(crate) const ROUNDING: f64 = 1e-9;
-
-/// What is wanted.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Objective {
-    /// The shortest way of a token through all stages.
-    #[default]
-    Latency,
-    /// The fastest slowest stage; among equals the shortest way.
-    Throughput,
-    /// The shortest way among those nearly as good for throughput.
-    Balanced,
-}
-
-impl Objective {
-    /// Its name, as people write it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Latency => "latency",
-            Self::Throughput => "throughput",
-            Self::Balanced => "balanced",
-        }
-    }
-}
 
 /// Machines that are alike.
 #[derive(Clone, Debug, Default, PartialEq)]

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 /// llama.cpp rounds the context of a sequence up to a multiple of this.
 const CTX_STEP: u64 = 256;
-/// What a compute process takes besides its model and buffers: code, thread stacks, allocator, backend.
+/// What is reserved for a compute process besides its model and buffers: code, thread stacks, allocator, backend.
 const PROCESS_BYTES: u64 = 48 << 20;
 /// Activations that are alive at once in one layer's graph, counted in hidden states: llama.cpp's allocator reuses
 /// memory from layer to layer, and FFNs are three to four times as wide as the hidden state.
@@ -64,14 +64,21 @@ pub struct Need {
     pub weights: u64,
     /// KV cache and recurrent state.
     pub kv: u64,
-    /// Compute buffers and the process itself: an allowance.
+    /// Compute buffers, or an allowance for them.
     pub compute: u64,
+    /// An allowance for the process itself.
+    pub process: u64,
 }
 
 impl Need {
+    /// What each stage needs whatever it holds.
+    pub fn to_compute(&self) -> u64 {
+        self.compute.saturating_add(self.process)
+    }
+
     /// All of it.
     pub fn total(&self) -> u64 {
-        self.weights.saturating_add(self.kv).saturating_add(self.compute)
+        self.weights.saturating_add(self.kv).saturating_add(self.to_compute())
     }
 }
 
@@ -125,9 +132,10 @@ impl Sizes {
             weights: sum(&self.weight_bytes, range).saturating_add(if is_last { self.ends_bytes } else { 0 }),
             kv: (sum(&self.kv_bytes_per_token, range).saturating_mul(tokens))
                 .saturating_add(sum(&self.state_bytes_per_sequence, range).saturating_mul(u64::from(slots))),
-            compute: buffers
-                .unwrap_or((u64::from(ubatch) * u64::from(self.n_embd) * 4).saturating_mul(ACTIVATIONS) + head + scores)
-                .saturating_add(PROCESS_BYTES),
+            compute: buffers.unwrap_or(
+                (u64::from(ubatch) * u64::from(self.n_embd) * 4).saturating_mul(ACTIVATIONS) + head + scores,
+            ),
+            process: PROCESS_BYTES,
         }
     }
 }

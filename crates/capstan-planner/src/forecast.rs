@@ -12,7 +12,8 @@ use serde::Serialize;
 use crate::cost::Need;
 use crate::links::Link;
 use crate::machines::Rates;
-use crate::timing::{Batch, HOP_S, Times, hidden_bytes, hop_s};
+use crate::resident;
+use crate::timing::{Batch, HOP_S, Times, hidden_bytes, hop_s, read_bytes, stage_s};
 
 /// Prompt lengths that a forecast lists.
 pub const PROMPT_TOKENS: [u32; 4] = [512, 2048, 8192, 32_768];
@@ -22,6 +23,12 @@ pub const DEPTH_TOKENS: [u64; 4] = [0, 4096, 32_768, 131_072];
 pub const SEQUENCES: [u32; 5] = [1, 2, 4, 8, 16];
 /// Sizes of chunks that are tried; those above the micro-batch's limit are not.
 pub(crate) const CHUNK_ROWS: [u32; 6] = [64, 128, 256, 512, 1024, 2048];
+/// Sizes of chunks that are tried besides where a prompt has no more than [`SHORT_CHUNKS`] of them.
+const SHORT_CHUNK_ROWS: [u32; 5] = [16, 32, 48, 96, 192];
+/// Chunks with which a prompt takes no longer than so many times the least are as good: times are not more exact.
+const AS_GOOD: f64 = 1.01;
+/// See [`SHORT_CHUNK_ROWS`].
+const SHORT_CHUNKS: u32 = 16;
 /// Rows that plain RPC computes at once: llama.cpp's default, whatever Capstan takes.
 const RPC_CHUNK_ROWS: u32 = 512;
 /// What each remote node adds to a step of llama.cpp's RPC, in seconds: the graph is sent and read anew, and results pass
@@ -163,8 +170,15 @@ impl Pipeline<'_> {
         }
     }
 
-    /// What each stage takes for a micro-batch.
+    /// What each stage takes for a micro-batch. Stages of one machine share its caches.
     pub fn stage_s(&self, batch: Batch) -> Vec<f64> {
+        if self.stages.iter().any(|s| s.rates.measured.is_some()) {
+            let reads =
+                |s: &Placed| read_bytes(self.profile, s.layers.start() as usize..s.layers.end() as usize, batch);
+            let set = |node| self.stages.iter().filter(|s| s.node == node).map(reads).fold(0, u64::saturating_add);
+            let of = |s: &Placed| stage_s(self.profile, &s.rates, batch, s.layers, set(s.node));
+            return self.stages.iter().map(of).collect();
+        }
         // Neighbours are often alike, and times are reckoned for all layers at once.
         let mut times: Option<(&Rates, Times)> = None;
         let mut stages_s = Vec::with_capacity(self.stages.len());
@@ -206,17 +220,27 @@ impl Pipeline<'_> {
         if wiring == Wiring::PlainRpc {
             return of(1, self.stage_s(batch(sequences)).iter().sum::<f64>() + self.rpc_s(sequences));
         }
+        let add = |sum: &mut Vec<f64>, stages: &[f64]| sum.iter_mut().zip(stages).for_each(|(a, b)| *a += b);
+        // What a step takes if every stage had a machine of its own, and what it takes on these.
         let step = |groups: u32| {
-            let rows = sequences.div_ceil(groups);
-            let (stages, hops) = (self.stage_s(batch(rows)), self.hops_s(rows));
-            let way: f64 = stages.iter().sum::<f64>() + hops.iter().sum::<f64>();
-            let slowest = self.by_node(&stages).into_iter().fold(self.wire_s(rows), f64::max);
-            way.max(f64::from(groups) * slowest)
+            let (mut way, mut busy, mut wire) = (0.0f64, vec![0.0; self.stages.len()], 0.0);
+            for i in 0..groups {
+                // The first ones take what does not come out even.
+                let rows = sequences / groups + u32::from(i < sequences % groups);
+                let (stages, hops) = (self.stage_s(batch(rows)), self.hops_s(rows));
+                way = way.max(stages.iter().sum::<f64>() + hops.iter().sum::<f64>());
+                wire += self.wire_s(rows);
+                add(&mut busy, &stages);
+            }
+            let most = |of: &[f64]| of.iter().copied().fold(way.max(wire), f64::max);
+            (most(&busy), most(&self.by_node(&busy)))
         };
-        // One group more than stages keeps all at work while one is on its way.
+        // One group more than stages keeps all at work while one is on its way. The scheduler knows stages and not where
+        // they are: on machines that hold several it may deal into more groups than are best.
         let most = sequences.min(self.stages.len() as u32 + 1);
-        let best = (1..=most).map(|g| of(g, step(g))).min_by(|a, b| a.step_s.total_cmp(&b.step_s));
-        best.unwrap_or_else(|| of(1, step(1)))
+        let tried = (1..=most).map(|groups| (groups, step(groups)));
+        let best = tried.min_by(|(_, (a, _)), (_, (b, _))| a.total_cmp(b));
+        best.map_or_else(|| of(1, step(1).1), |(groups, (_, step_s))| of(groups, step_s))
     }
 
     /// What each machine takes of what its stages take.
@@ -246,9 +270,14 @@ impl Pipeline<'_> {
         if wiring == Wiring::PlainRpc {
             return of(RPC_CHUNK_ROWS);
         }
-        let sizes = CHUNK_ROWS.into_iter().filter(|&rows| rows <= ubatch);
-        let best = sizes.map(of).min_by(|a, b| a.seconds.total_cmp(&b.seconds));
-        best.unwrap_or_else(|| of(ubatch.max(1)))
+        // Few rows at once are worth a look only where there are few of them.
+        let short = SHORT_CHUNK_ROWS.into_iter().filter(|rows| rows * SHORT_CHUNKS >= prompt_tokens);
+        let sizes = CHUNK_ROWS.into_iter().chain(short).filter(|&rows| rows <= ubatch);
+        let tried: Vec<FirstToken> = sizes.map(of).collect();
+        let least = tried.iter().map(|t| t.seconds).fold(f64::INFINITY, f64::min);
+        // Of almost equal ones the largest, as the scheduler does: it has the fewest frames.
+        let as_good = tried.into_iter().filter(|t| t.seconds <= least * AS_GOOD);
+        as_good.max_by_key(|t| t.chunk_rows).unwrap_or_else(|| of(ubatch.max(1)))
     }
 
     fn chunks(prompt_tokens: u32, chunk_rows: u32) -> impl Iterator<Item = Batch> {
@@ -258,28 +287,39 @@ impl Pipeline<'_> {
         })
     }
 
-    /// Chunks that follow each other through the stages: each begins when the stage is free and the chunk has arrived.
+    /// Chunks that follow each other through the stages. Each stage takes them in order; a machine with several stages
+    /// takes what has been ready longest.
     fn flow_s(&self, prompt_tokens: u32, chunk_rows: u32) -> f64 {
-        let mut free_s: HashMap<usize, f64> = HashMap::new();
-        let mut done = 0.0;
-        for batch in Self::chunks(prompt_tokens, chunk_rows) {
-            let (stages, hops) = (self.stage_s(batch), self.hops_s(batch.rows()));
-            let wire = self.wire_s(batch.rows());
-            // The driver, beside the last stage, sends the rows of embeddings to the first.
-            let mut arrived = *hops.last().unwrap_or(&0.0);
-            for (i, stage) in self.stages.iter().enumerate() {
-                let free = free_s.entry(stage.node).or_default();
-                *free = arrived.max(*free) + stages[i].max(wire);
-                done = *free;
-                arrived = *free + hops[i];
-            }
-        }
-        done
+        let chunks: Vec<Chunk> = Self::chunks(prompt_tokens, chunk_rows)
+            .map(|batch| {
+                let wire = self.wire_s(batch.rows());
+                let stages = self.stage_s(batch).into_iter().map(|s| s.max(wire)).collect();
+                Chunk { stages, hops: self.hops_s(batch.rows()) }
+            })
+            .collect();
+        let nodes: Vec<usize> = self.stages.iter().map(|s| s.node).collect();
+        flow_s(&nodes, &chunks)
     }
 
     fn one_by_one_s(&self, prompt_tokens: u32, chunk_rows: u32) -> f64 {
         let of = |batch: Batch| self.stage_s(batch).iter().sum::<f64>() + self.rpc_s(batch.rows());
         Self::chunks(prompt_tokens, chunk_rows).map(of).sum()
+    }
+
+    /// What the process of each stage will be seen to hold once prompts filled its context; 0 where that is not known.
+    pub fn resident_bytes(&self, ctx: u32, ubatch: u32) -> Vec<u64> {
+        let chunk_rows = self.first_token(Wiring::Capstan, ctx.saturating_sub(1).max(1), ubatch).chunk_rows;
+        let bytes = |s: &Placed| {
+            let device = s.rates.measured.as_deref()?;
+            let stage = resident::Stage { profile: self.profile, device, layers: s.layers, need: s.need };
+            Some(stage.bytes(chunk_rows, ubatch))
+        };
+        self.stages.iter().map(|s| bytes(s).unwrap_or(0)).collect()
+    }
+
+    /// Until the model runs when each machine has its shard on disk, in seconds.
+    pub fn load_again_s(&self) -> f64 {
+        self.load_s(Wiring::Capstan).1
     }
 
     /// Loading for the first time and again.
@@ -317,9 +357,49 @@ impl Placed {
             layers: self.layers.to_string(),
             weight_bytes: self.need.weights,
             kv_bytes: self.need.kv,
-            compute_bytes: self.need.compute,
+            compute_bytes: self.need.to_compute(),
             usable_bytes: self.usable_bytes,
         }
+    }
+}
+
+/// What a chunk takes on each stage, and from each stage to the next; the last one's way leads to the first.
+struct Chunk {
+    stages: Vec<f64>,
+    hops: Vec<f64>,
+}
+
+/// How long chunks take through stages on these machines, one after the other in each stage.
+fn flow_s(nodes: &[usize], chunks: &[Chunk]) -> f64 {
+    // By stage: the chunk that comes next, until when it computes the one before, and when each arrives.
+    let mut next = vec![0usize; nodes.len()];
+    let mut until_s = vec![0.0f64; nodes.len()];
+    let mut arrived: Vec<Vec<f64>> = vec![vec![f64::INFINITY; chunks.len()]; nodes.len()];
+    let mut free_s: HashMap<usize, f64> = nodes.iter().map(|&node| (node, 0.0)).collect();
+    // The driver, beside the last stage, sends the rows of embeddings to the first.
+    if let Some(first) = arrived.first_mut() {
+        first.iter_mut().zip(chunks).for_each(|(at, chunk)| *at = chunk.hops.last().copied().unwrap_or(0.0));
+    }
+    let mut done = 0.0f64;
+    loop {
+        // What can begin first does; of those that wait for the same machine, what has waited longest, and of those the
+        // stage that is farthest.
+        let ready = |s: usize| {
+            let since = arrived[s].get(next[s])?.max(until_s[s]);
+            Some((free_s.get(&nodes[s])?.max(since), since, s))
+        };
+        let waiting = (0..nodes.len()).rev().filter_map(ready);
+        let first = waiting.min_by(|a, b| a.0.total_cmp(&b.0).then(a.1.total_cmp(&b.1)));
+        let Some((begins, _, s)) = first.filter(|(begins, ..)| begins.is_finite()) else { return done };
+        let (chunk, at) = (&chunks[next[s]], next[s]);
+        let ends = begins + chunk.stages[s];
+        free_s.insert(nodes[s], ends);
+        until_s[s] = ends;
+        next[s] += 1;
+        if let Some(following) = arrived.get_mut(s + 1) {
+            following[at] = ends + chunk.hops[s];
+        }
+        done = done.max(ends);
     }
 }
 
@@ -335,4 +415,95 @@ pub fn assumptions() -> Vec<String> {
         "All bits a weight are read equally fast; llama.cpp reads types of few bits more slowly.".to_owned(),
         "Guessed tokens are left out.".to_owned(),
     ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn chunks(count: usize, stages: &[f64], hop: f64) -> Vec<Chunk> {
+        (0..count).map(|_| Chunk { stages: stages.to_vec(), hops: vec![hop; stages.len()] }).collect()
+    }
+
+    /// Three stages of a model on machines of these numbers.
+    fn stages(profile: &ModelProfile, nodes: [usize; 3]) -> Vec<Placed> {
+        let rates = crate::machines::find("Ryzen AI Max+ 395 128GB").unwrap().rates;
+        let third = profile.n_layers / 3;
+        let cuts = [(0, third), (third, 2 * third), (2 * third, profile.n_layers)];
+        let placed = |(&node, (a, b)): (&usize, (u32, u32))| Placed {
+            node,
+            machine: format!("no. {node}"),
+            rates: rates.clone(),
+            usable_bytes: 0,
+            layers: LayerRange::new(a, b).unwrap(),
+            need: Need::default(),
+        };
+        nodes.iter().zip(cuts).map(placed).collect()
+    }
+
+    #[test]
+    fn stages_that_share_a_machine_take_turns() {
+        let (model, quantisation) = crate::models::find("Llama 3.1 70B").unwrap();
+        let profile = model.shape.profile(model.name, quantisation);
+        let ring = [crate::links::parse("10GbE").unwrap(); 3];
+        let of = |nodes| {
+            let stages = stages(&profile, nodes);
+            let pipeline = Pipeline { profile: &profile, stages: &stages, ring: &ring };
+            let decode = |n| pipeline.decode(Wiring::Capstan, n, 0);
+            let alone = pipeline.stage_s(Batch::Decode { sequences: 1, depth_tokens: 0 });
+            (decode(1), decode(3), pipeline.first_token(Wiring::Capstan, 2048, 512).seconds, alone)
+        };
+        let (own, shared) = (of([0, 1, 2]), of([0, 1, 0]));
+        assert_eq!(own.0, shared.0, "a lone answer is in one place at a time");
+        assert!(own.1.groups == 3 && shared.1.groups == 3, "the scheduler does not know where stages are");
+        let busy = 3.0 * (shared.3[0] + shared.3[2]);
+        assert!((shared.1.step_s / busy - 1.0).abs() < 1e-9 && own.1.step_s < shared.1.step_s * 0.6);
+        assert!(own.2 < shared.2 && shared.2 < own.2 * 2.1);
+        assert_eq!(of([0, 0, 0]).2, of([7, 7, 7]).2);
+    }
+
+    #[test]
+    fn chunks_follow_each_other_through_machines_of_their_own() {
+        let s =
+            |count, stages: &[f64], hop| flow_s(&(0..stages.len()).collect::<Vec<_>>(), &chunks(count, stages, hop));
+        assert_eq!(s(4, &[2.0], 0.0), 8.0);
+        assert_eq!(s(4, &[1.0, 1.0, 1.0], 0.0), 6.0);
+        // The slowest stage four times, the way there and from it.
+        assert_eq!(s(4, &[1.0, 3.0, 1.0], 0.5), 0.5 + 1.0 + 0.5 + 12.0 + 0.5 + 1.0);
+    }
+
+    #[test]
+    fn a_machine_with_two_stages_is_kept_at_work() {
+        // The first machine has the first and the last stage, two seconds a chunk, and never waits for the other; all stages
+        // of a chunk before the next one would take 24 s.
+        assert_eq!(flow_s(&[0, 1, 0], &chunks(8, &[1.0, 1.0, 1.0], 0.0)), 16.0);
+        // All on one machine: nothing overlaps, nothing is lost.
+        assert_eq!(flow_s(&[0, 0, 0], &chunks(5, &[1.0, 2.0, 3.0], 0.0)), 30.0);
+    }
+
+    #[test]
+    fn no_schedule_beats_the_busiest_machine_or_a_chunk_s_way() {
+        let mut seed = 1u64;
+        let mut random = |below: u64| {
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (seed >> 33) % below
+        };
+        for _ in 0..2000 {
+            let (stages, count) = (1 + random(5) as usize, 1 + random(8));
+            let nodes: Vec<usize> = (0..stages).map(|_| random(3) as usize).collect();
+            let chunk = |_| Chunk {
+                stages: (0..stages).map(|_| 0.1 + random(50) as f64 / 10.0).collect(),
+                hops: (0..stages).map(|_| random(10) as f64 / 10.0).collect(),
+            };
+            let all: Vec<Chunk> = (0..count).map(chunk).collect();
+            let taken = flow_s(&nodes, &all);
+            let busy = |node: usize| -> f64 {
+                all.iter().flat_map(|c| c.stages.iter().zip(&nodes)).filter(|(_, n)| **n == node).map(|(s, _)| s).sum()
+            };
+            let way = |c: &Chunk| c.stages.iter().sum::<f64>() + c.hops[..stages - 1].iter().sum::<f64>();
+            let least = (0..3).map(busy).chain(all.iter().map(way)).fold(0.0, f64::max);
+            let most: f64 = all.iter().map(|c| c.stages.iter().chain(&c.hops).sum::<f64>()).sum();
+            assert!(taken >= least - 1e-9 && taken <= most + 1e-9, "{nodes:?}: {taken} of {least} to {most}");
+        }
+    }
 }

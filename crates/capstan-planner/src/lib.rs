@@ -17,8 +17,10 @@
 //! | [`machine_file`] | machines of one's own from TOML |
 //! | [`links`] | round trips and bandwidths between machines |
 //! | `measured` | the same for a machine that was measured |
+//! | [`nodes`] | the nodes of a cluster as machines and links, by what they tell of themselves |
 //! | [`timing`] | how long a machine takes for a micro-batch on some layers |
 //! | [`arrange`] | the best order and cut over unequal machines, exactly |
+//! | [`resident`] | the memory that a stage's process will be seen to hold |
 //! | [`forecast`] | time to the first token, tokens per second, memory, loading, traffic |
 //! | [`answer`](mod@answer) | the whole answer to "how many, and how fast", in sentences |
 //! | [`moving`] | whether another placement is worth loading a model anew |
@@ -39,10 +41,12 @@ mod measured;
 pub mod models;
 pub mod moving;
 pub mod names;
+pub mod nodes;
 pub mod picture;
 pub mod placement;
 pub mod plan;
 pub mod quant;
+pub mod resident;
 pub mod shape;
 pub mod table;
 pub mod timing;

@@ -2,6 +2,7 @@
 use serde::Serialize;
 
 use crate::names;
+use crate::timing::HOP_S;
 
 /// Of a line's rate, what TCP or QUIC carries in frames of 1500 bytes: 1460 of 1538 with preamble and gap.
 pub const ETHERNET_SHARE: f64 = 1460.0 / 1538.0;
@@ -19,6 +20,8 @@ pub struct Link {
     pub rtt_s: f64,
     /// Payload it carries, in bytes per second.
     pub bytes_per_s: f64,
+    /// What sending and receiving a hidden state take at its ends besides, in seconds.
+    pub ends_s: f64,
 }
 
 impl Link {
@@ -98,7 +101,7 @@ pub fn parse(text: &str) -> Result<Link, BadLink> {
         }
     }
     match (rtt, bits) {
-        (Some(rtt_s), Some(bits)) => Ok(Link { rtt_s, bytes_per_s: bits / 8.0 }),
+        (Some(rtt_s), Some(bits)) => Ok(Link { rtt_s, bytes_per_s: bits / 8.0, ends_s: HOP_S }),
         _ => Err(BadLink::Missing),
     }
 }
@@ -177,8 +180,14 @@ mod tests {
     fn names_and_figures() {
         let five = parse("5GbE").unwrap();
         assert!((five.bytes_per_s / 1e6 - 593.3).abs() < 0.1 && five.rtt_s == 0.25e-3);
-        assert_eq!(parse("rtt=0.2ms,bw=4.5Gbit").unwrap(), Link { rtt_s: 0.2e-3, bytes_per_s: 4.5e9 / 8.0 });
-        assert_eq!(parse("bw=500MB/s, rtt=80us").unwrap(), Link { rtt_s: 80.0 * 1e-6, bytes_per_s: 500e6 });
+        assert_eq!(
+            parse("rtt=0.2ms,bw=4.5Gbit").unwrap(),
+            Link { rtt_s: 0.2e-3, bytes_per_s: 4.5e9 / 8.0, ends_s: HOP_S }
+        );
+        assert_eq!(
+            parse("bw=500MB/s, rtt=80us").unwrap(),
+            Link { rtt_s: 80.0 * 1e-6, bytes_per_s: 500e6, ends_s: HOP_S }
+        );
         assert_eq!(parse("10gbe, rtt=1ms").unwrap().rtt_s, 1e-3);
         assert!(parse("2.5GbE").unwrap().bytes_per_s < parse("25g").unwrap().bytes_per_s / 9.0);
         assert_eq!(parse("WiFi").unwrap(), parse("Wi-Fi 6").unwrap());

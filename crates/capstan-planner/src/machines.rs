@@ -201,7 +201,11 @@ impl Rates {
     /// What was measured on a machine.
     pub fn measured(profile: DeviceProfile) -> Self {
         let of = Self::of(measured::weight_bytes_per_s(&profile), measured::gemm_flops_per_s(&profile));
-        Self { measured: Some(Box::new(profile)), ..of }
+        let disk_bytes_per_s = match profile.disk_bytes_per_s {
+            0 => of.disk_bytes_per_s,
+            measured => measured as f64,
+        };
+        Self { disk_bytes_per_s, measured: Some(Box::new(profile)), ..of }
     }
 }
 

@@ -38,7 +38,8 @@ pub struct NodeResources {
     pub name: String,
     /// Memory that stages may take, in bytes.
     pub free_bytes: u64,
-    /// How long it takes for each layer to decode a row, by what was measured of it; none before.
+    /// How long it takes for each layer to decode a row, or as many as decode at once where many are to be answered; by
+    /// what was measured of it, none before.
     pub times: Option<Times>,
 }
 
@@ -55,6 +56,8 @@ pub struct PlanOptions {
     pub draft_bytes: u64,
     /// Most rows of a micro-batch.
     pub ubatch: u32,
+    /// What the placement is to be best at, once the nodes are measured.
+    pub objective: Objective,
     /// Use exactly these, in this order; empty leaves the choice to the planner.
     pub nodes: Vec<NodeId>,
     /// Use exactly this placement; empty leaves the choice to the planner.
@@ -297,7 +300,7 @@ impl<'a> Search<'a> {
             need_bytes: needs.iter().fold(0u64, |sum, (_, need)| sum.saturating_add(*need)),
             weights_bytes: whole.weights,
             kv_bytes: whole.kv,
-            compute_bytes: whole.compute.saturating_mul(needs.len() as u64),
+            compute_bytes: whole.to_compute().saturating_mul(needs.len() as u64),
             ctx: o.ctx,
             slots: o.slots,
             missing,
@@ -433,7 +436,7 @@ impl<'a> Search<'a> {
         self.fewest()
     }
 
-    /// Nodes and order by the shortest way of a token, then the cut by the fastest slowest stage.
+    /// Nodes and order by what is wanted, then the cut by the fastest slowest stage.
     fn fastest(&self) -> Option<Placement> {
         let nodes = &self.input.nodes;
         let kind = |n: &NodeResources| {
@@ -458,17 +461,28 @@ impl<'a> Search<'a> {
             hops: &hops,
             need_bytes: &need,
             allowed: &allowed,
-            objective: Objective::Latency,
+            objective: self.input.options.objective,
         })?;
         let asked = nodes.first()?;
-        if need(whole) <= asked.free_bytes && self.work(asked, whole) <= found.way_s * WORTH_SENDING {
+        let least = match self.input.options.objective {
+            Objective::Latency => found.way_s,
+            Objective::Throughput | Objective::Balanced => found.slowest_s,
+        };
+        if need(whole) <= asked.free_bytes && self.work(asked, whole) <= least * WORTH_SENDING {
             return self.in_order(&[asked], "the model fits on the node that has its file").ok();
         }
         let order: Vec<_> = found.stages.iter().filter_map(|&(kind, _)| nodes.get(kind)).collect();
         let why = match order[..] {
             [only] => format!("{} alone is fastest, by what was measured", only.name),
             _ => {
-                format!("these {} nodes in this order give a token the shortest way, by what was measured", order.len())
+                let what = match self.input.options.objective {
+                    Objective::Latency => "give a token the shortest way",
+                    Objective::Throughput => "answer most at once",
+                    Objective::Balanced => {
+                        "answer nearly most at once, and of those that do give a token the shortest way"
+                    }
+                };
+                format!("these {} nodes in this order {what}, by what was measured", order.len())
             }
         };
         self.in_order(&order, &why).ok()

@@ -5,12 +5,14 @@
 //! 0.25, 0.31, 0.41, 0.63 and 1.08 s for 16, 32, … 512 rows, which is the time to read the experts that so many rows
 //! choose plus 1.5 ms a row, not the larger of the two (<https://github.com/lhl/strix-halo-testing>,
 //! llm-bench/gpt-oss-120b-F16).
+use std::ops::Range;
+
 use capstan_gguf::{LayerProfile, ModelProfile};
 use capstan_proto::LayerRange;
 
 use crate::links::Link;
 use crate::machines::Rates;
-use crate::measured;
+use crate::measured::On;
 
 /// Of the rate of large matrices, what those of experts reach, each of which gets few rows. Fitted on a Ryzen AI Max+ 395
 /// to prefill of 512 tokens by gpt-oss-120b (0.33), Qwen3-235B-A22B (0.27) and Qwen3-30B-A3B (0.21), with 16 to 32 rows
@@ -21,7 +23,7 @@ const HIDDEN_BYTES: u64 = 4;
 /// Bytes of a frame besides: header, QUIC, UDP, IP.
 const FRAME_BYTES: u64 = 200;
 /// What sending and receiving take besides the link, in seconds: wake-ups of two threads and a process at each end. An
-/// assumption for an idle desktop machine.
+/// assumption for an idle desktop machine; nodes measure theirs.
 pub const HOP_S: f64 = 0.2e-3;
 
 /// What goes through a stage at once.
@@ -73,9 +75,10 @@ impl Times {
     /// Of a model on a machine, for one micro-batch.
     pub fn of(profile: &ModelProfile, rates: &Rates, batch: Batch) -> Self {
         if let Some(device) = &rates.measured {
-            let layers = profile.layers.iter().zip(measured::layers_s(device, profile, batch));
-            let layers_s = layers.map(|(l, seconds)| seconds + state_s(l, rates, batch)).collect();
-            return Self { layers_s, head_s: measured::head_s(device, profile, batch.outputs()) };
+            let on = On::new(device, read_bytes(profile, 0..profile.layers.len(), batch));
+            let layer = |l: &LayerProfile| on.layer_s(profile.n_embd, l, batch) + state_s(l, rates, batch);
+            let layers_s = profile.layers.iter().map(layer).collect();
+            return Self { layers_s, head_s: on.head_s(profile, batch.outputs()) };
         }
         let layers_s = profile.layers.iter().map(|l| layer_s(l, rates, batch)).collect();
         let rows = f64::from(batch.outputs());
@@ -89,6 +92,41 @@ impl Times {
         let head = if range.end() as usize >= self.layers_s.len() { self.head_s } else { 0.0 };
         layers.iter().sum::<f64>() + head
     }
+}
+
+/// How long a machine takes for a stage of these layers where what it reads again and again, for all of its stages, is so
+/// many bytes.
+pub(crate) fn stage_s(
+    profile: &ModelProfile,
+    rates: &Rates,
+    batch: Batch,
+    range: LayerRange,
+    working_set_bytes: u64,
+) -> f64 {
+    let Some(device) = &rates.measured else { return Times::of(profile, rates, batch).stage_s(range) };
+    let on = On::new(device, working_set_bytes);
+    let layers = profile.layers.get(range.start() as usize..range.end() as usize).unwrap_or_default();
+    let layer = |l: &LayerProfile| on.layer_s(profile.n_embd, l, batch) + state_s(l, rates, batch);
+    let head = if range.end() as usize >= profile.layers.len() { on.head_s(profile, batch.outputs()) } else { 0.0 };
+    layers.iter().map(layer).sum::<f64>() + head
+}
+
+/// Bytes that a micro-batch reads on some layers: weights, of experts those that are chosen, the KV cache, and the head
+/// where the last layer is among them.
+pub fn read_bytes(profile: &ModelProfile, layers: Range<usize>, batch: Batch) -> u64 {
+    let (sequences, depth_tokens) = match batch {
+        Batch::Decode { sequences, depth_tokens } => (sequences, depth_tokens),
+        Batch::Chunk { depth_tokens, .. } => (1, depth_tokens),
+    };
+    let head = if layers.end >= profile.layers.len() { profile.output_bytes } else { 0 };
+    let layer = |l: &LayerProfile| {
+        let one = l.expert_bytes as f64 / f64::from(l.experts.max(1));
+        let seen = l.visible_tokens(depth_tokens.saturating_add(1)).saturating_mul(l.kv_bytes_per_token);
+        let kept = seen.saturating_add(l.recurrent_state_bytes).saturating_mul(u64::from(sequences));
+        l.shared_bytes().saturating_add((one * l.distinct_experts(batch.rows())) as u64).saturating_add(kept)
+    };
+    let of = profile.layers.get(layers).unwrap_or_default();
+    of.iter().map(layer).fold(head, u64::saturating_add)
 }
 
 /// Reading so many bytes, and multiplying so many weights with the rows after the first.
@@ -156,7 +194,7 @@ pub fn hop_s(profile: &ModelProfile, link: Link, rows: u32) -> f64 {
 
 /// The same for rows of so many floats.
 pub(crate) fn hop_of_s(n_embd: u32, link: Link, rows: u32) -> f64 {
-    HOP_S + link.way_s(hidden_of_bytes(n_embd, rows) as f64)
+    link.ends_s + link.way_s(hidden_of_bytes(n_embd, rows) as f64)
 }
 
 #[cfg(test)]

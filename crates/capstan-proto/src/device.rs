@@ -37,6 +37,15 @@ pub struct TypeCurve {
     pub copied: bool,
 }
 
+/// How much caches help with a working set: all that is read again and again, weights and KV cache alike.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkingSet {
+    /// Its size.
+    pub bytes: u64,
+    /// Of what reading from main memory takes more than reading from a cache, so much is felt: 0 to 1000 thousandths.
+    pub uncached_permille: u16,
+}
+
 /// What a machine takes.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceProfile {
@@ -44,18 +53,32 @@ pub struct DeviceProfile {
     pub hardware: String,
     /// By type of weights.
     pub types: Vec<TypeCurve>,
-    /// What a layer takes beside its weights, ascending in rows: norms, activations, a short context's attention.
+    /// What caches hold of working sets, ascending in bytes. Below the first nothing comes from main memory, above the last
+    /// all does.
+    pub working_sets: Vec<WorkingSet>,
+    /// What a layer takes beside its weights and attention for rows of one sequence, ascending in rows: norms,
+    /// activations, starting its operations.
     pub per_layer: Vec<Point>,
-    /// Floats of a hidden state for which [`DeviceProfile::per_layer`] was measured.
+    /// The same for so many sequences with a row each, whose attention cannot be computed together.
+    pub per_decode_layer: Vec<Point>,
+    /// Floats of a hidden state for which these were measured.
     pub layer_width: u32,
     /// Of attention in decode, for one multiplication or addition, in femtoseconds.
     pub attention_decode_fs: u64,
     /// The same in a prompt's chunks.
     pub attention_chunk_fs: u64,
-    /// The last-level cache, in bytes; 0 where the system does not tell, or a device computes that has its own.
+    /// To take a token's logits out and draw one at temperature 1, for an entry of the vocabulary, in femtoseconds.
+    pub logit_fs: u64,
+    /// From one compute thread to another over this machine's loopback: half a round trip of one row, in nanoseconds.
+    pub hop_ns: u32,
+    /// The last-level cache as the system tells it, in bytes, for people; 0 where it does not, or a device computes that has
+    /// its own.
     pub cache_bytes: u64,
-    /// What a compute process takes before it has loaded anything, in bytes; 0 where the system does not tell.
+    /// What a compute process holds beside its model and buffers, in bytes; 0 where the system does not tell.
     pub process_bytes: u64,
+    /// What the disk below the data folder reads in a row, past the page cache, in bytes per second; 0 where that could not
+    /// be measured.
+    pub disk_bytes_per_s: u64,
     /// How long the measurement took, in milliseconds.
     pub took_ms: u32,
     /// When it was made, in seconds since 1970.
@@ -74,9 +97,16 @@ impl DeviceProfile {
             return Err(OutOfBounds("the number of types in a device profile"));
         }
         let curves = self.types.iter().all(|t| points(&t.per_weight) && points(&t.per_cached_weight));
-        let attention = [self.attention_decode_fs, self.attention_chunk_fs].iter().all(|fs| (1..=FS_MAX).contains(fs));
-        if !curves || !points(&self.per_layer) || !attention || self.layer_width == 0 {
+        let fs = [self.attention_decode_fs, self.attention_chunk_fs, self.logit_fs];
+        let single = fs.iter().all(|fs| (1..=FS_MAX).contains(fs));
+        let layers = points(&self.per_layer) && points(&self.per_decode_layer);
+        if !curves || !layers || !single || self.layer_width == 0 {
             return Err(OutOfBounds("a time in a device profile"));
+        }
+        let sets = &self.working_sets;
+        let ascend = sets.windows(2).all(|w| w[0].bytes < w[1].bytes);
+        if sets.len() > POINTS_MAX || !ascend || sets.iter().any(|s| s.uncached_permille > 1000) {
+            return Err(OutOfBounds("a working set in a device profile"));
         }
         Ok(())
     }
@@ -96,9 +126,11 @@ mod tests {
                 copied: true,
             }],
             per_layer: vec![point(1)],
+            per_decode_layer: vec![point(1)],
             layer_width: 1024,
             attention_decode_fs: 1,
             attention_chunk_fs: 1,
+            logit_fs: 1,
             ..DeviceProfile::default()
         }
     }
@@ -106,12 +138,15 @@ mod tests {
     #[test]
     fn what_no_measurement_gives_is_refused() {
         assert!(profile().check().is_ok());
-        let wrong: [fn(&mut DeviceProfile); 6] = [
+        let wrong: [fn(&mut DeviceProfile); 9] = [
             |p| p.types.clear(),
             |p| p.types = vec![p.types[0].clone(); TYPES_MAX + 1],
             |p| p.types[0].per_weight.reverse(),
             |p| p.per_layer[0].fs = u64::MAX,
             |p| p.attention_chunk_fs = 0,
+            |p| p.logit_fs = 0,
+            |p| p.per_decode_layer.clear(),
+            |p| p.working_sets = vec![WorkingSet { bytes: 1, uncached_permille: 1001 }],
             |p| p.hardware = "x".repeat(HARDWARE_BYTES_MAX + 1),
         ];
         for (i, spoil) in wrong.iter().enumerate() {

@@ -41,9 +41,36 @@ pub struct LoadRequest {
     /// How many times as long a decode step may take while prompts come in; none is 1.75.
     #[serde(default)]
     pub decode_slowdown: Option<f32>,
+    /// What the placement is to be best at; none is [`Objective::Latency`].
+    #[serde(default)]
+    pub objective: Option<Objective>,
     /// Make up weights of the model's shape on each node instead of bringing its own there; none serves the model.
     #[serde(default)]
     pub rehearsal: Option<Rehearsal>,
+}
+
+/// What a placement is to be best at.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Objective {
+    /// The shortest way of a token through all stages.
+    #[default]
+    Latency,
+    /// The fastest slowest stage; among equals the shortest way.
+    Throughput,
+    /// The shortest way among those nearly as good for throughput.
+    Balanced,
+}
+
+impl Objective {
+    /// Its name, as people write it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Latency => "latency",
+            Self::Throughput => "throughput",
+            Self::Balanced => "balanced",
+        }
+    }
 }
 
 /// How a model is rehearsed: loaded and computed on as it would be, with weights that are made up.
@@ -62,6 +89,13 @@ pub struct LoadForecast {
     pub first_token: Vec<FirstTokenForecast>,
     /// By number of sequences and depth.
     pub decode: Vec<DecodeForecast>,
+    /// By stage: the memory that its process will hold at most once a context was filled, in bytes; 0 where that is not
+    /// known. What was planned for it is never less, for a stage may come to use all of that.
+    #[serde(default)]
+    pub resident_bytes: Vec<u64>,
+    /// How long each stage's node reads its shard when the model is loaded again, the slowest one, in seconds.
+    #[serde(default)]
+    pub load_s: f64,
 }
 
 /// Time to the first token.

@@ -102,7 +102,7 @@ impl Desk<'_> {
         let room = usable.iter().take(fewest - 1).fold(0u64, |sum, &b| sum.saturating_add(b));
         let Ok(whole) = LayerRange::new(0, self.sizes.layers()) else { return String::new() };
         let need = self.need(whole);
-        let total = need.weights.saturating_add(need.kv).saturating_add(need.compute * (fewest as u64 - 1));
+        let total = need.weights.saturating_add(need.kv).saturating_add(need.to_compute() * (fewest as u64 - 1));
         if total > room {
             return format!(
                 "{few} would be too few: at most {} may be used there, and {} is needed.",

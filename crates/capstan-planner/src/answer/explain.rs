@@ -19,7 +19,7 @@ impl Desk<'_> {
         };
         let need = self.need(whole);
         let usable: u64 = fleet.usable().fold(0, |sum, m| sum.saturating_add(m.usable_bytes));
-        let compute = need.compute.saturating_mul(fleet.len() as u64);
+        let compute = need.to_compute().saturating_mul(fleet.len() as u64);
         let total = need.weights.saturating_add(need.kv).saturating_add(compute);
         let mut lines = vec![format!(
             "{} does not fit: it needs {} ({} of weights, {} of KV cache for {} of {} tokens, {} to compute), and {} may be \

@@ -168,7 +168,7 @@ impl Fleet {
 
     /// With links that are so many times as wide.
     pub fn with_links(&self, factor: f64) -> Self {
-        let faster = |l: Link| Link { rtt_s: l.rtt_s, bytes_per_s: l.bytes_per_s * factor };
+        let faster = |l: Link| Link { bytes_per_s: l.bytes_per_s * factor, ..l };
         let mut other = self.clone();
         other.links.usual = faster(other.links.usual);
         other.links.between.iter_mut().for_each(|(_, _, link)| *link = faster(*link));

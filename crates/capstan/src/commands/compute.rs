@@ -28,9 +28,9 @@ pub struct ComputeArgs {
     /// Layers to put on a GPU while measuring; -1 is all
     #[arg(long, requires = "measure", default_value_t = -1, allow_negative_numbers = true)]
     pub gpu_layers: i32,
-    /// Types of weights that need not be measured, by ggml's numbers
-    #[arg(long, requires = "measure", value_delimiter = ',')]
-    pub known: Vec<u32>,
+    /// What was measured before comes over standard input; only types of weights are measured that it lacks
+    #[arg(long, requires = "measure")]
+    pub more: bool,
 }
 
 /// Runs the stage until its daemon ends it. Standard output carries frames, so every log line goes to standard error.
@@ -42,8 +42,8 @@ pub fn run(global: &Global, args: &ComputeArgs) -> Result<ExitCode> {
         _ if args.devices => ask::devices(),
         _ if args.dry_run => ask::dry_run(),
         Some(folder) => {
-            let (folder, known) = (folder.clone(), args.known.clone());
-            ask::profile(&MeasureOptions { folder, threads: args.threads, gpu_layers: args.gpu_layers, known })
+            let (folder, threads, gpu_layers) = (folder.clone(), args.threads, args.gpu_layers);
+            ask::profile(MeasureOptions { folder, threads, gpu_layers, known: None }, args.more)
         }
         None => capstan_compute::child::run(),
     };

@@ -12,6 +12,7 @@ use serde_json::json;
 
 use crate::cli::ModelFlags;
 use crate::client::Client;
+use crate::commands::plan::Wanted;
 use crate::commands::{INTERRUPTED, cluster, pull};
 use crate::config::Config;
 use crate::progress::Progress;
@@ -60,6 +61,10 @@ pub struct LoadArgs {
     /// pulled, none for a file]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=i64::from(REPLICAS_MAX)))]
     pub replicas: Option<u16>,
+    /// What the placement is to be best at, once nodes are measured: one token soonest, most tokens from all slots
+    /// together, or both nearly [default: latency]
+    #[arg(long, value_enum)]
+    pub objective: Option<Wanted>,
     /// Caches and scheduling.
     #[command(flatten)]
     pub model_flags: ModelFlags,
@@ -89,6 +94,7 @@ pub async fn load(config: &Config, args: &LoadArgs, json: bool) -> Result<ExitCo
         nodes: if args.layers.is_empty() { args.nodes.clone() } else { Vec::new() },
         layers: args.layers.clone(),
         decode_batch: args.decode_batch,
+        objective: args.objective.map(Wanted::into),
         ..request(config, path, args.draft.as_deref())?
     };
     let Some(deployment) = follow(&client, &request, json).await? else {
@@ -157,6 +163,7 @@ pub fn request(config: &Config, path: String, draft: Option<&Path>) -> Result<Lo
         draft: draft.map(model_path).transpose()?,
         prefix_cache: Some(config.prefix_cache.value.is_on()),
         decode_slowdown: Some(config.decode_slowdown.value),
+        objective: None,
         rehearsal: None,
     })
 }

@@ -1,5 +1,6 @@
 //! `capstan plan`: how many machines a model takes, and how fast it will be, before anything is bought, fetched or waited
-//! for. Needs no cluster and no daemon, and no network unless the model is elsewhere.
+//! for. Needs no cluster and no daemon, and no network unless the model is elsewhere; where a daemon runs, its cluster's
+//! nodes are what is planned with unless others are named.
 //!
 //! | module | idea |
 //! |---|---|
@@ -26,7 +27,8 @@ mod model;
 
 /// Shown by `capstan plan --help`.
 pub const EXAMPLES: &str = "\
-Works offline, without a cluster or a daemon. Of a model on Hugging Face or at an address only the headers are read. Ends
+Works offline, without a cluster or a daemon; where a daemon runs here and no machines are named, it plans with the nodes
+of its cluster, by what was measured of them. Of a model on Hugging Face or at an address only the headers are read. Ends
 with status 0 when the model fits, 1 when it does not.
 
 Examples:
@@ -62,14 +64,14 @@ pub struct PlanArgs {
     /// Show the models and machines that are known by name, with their sources
     #[arg(long)]
     pub list: bool,
-    /// Machines of the catalogue, such as '4x"Ryzen AI Max+ 395 128GB", RTX 4090' [default: as many Ryzen AI Max+ 395
-    /// 128GB as it takes]
+    /// Machines of the catalogue, such as '4x"Ryzen AI Max+ 395 128GB", RTX 4090' [default: the nodes of the cluster that
+    /// runs here, else as many Ryzen AI Max+ 395 128GB as it takes]
     #[arg(long, value_name = "LIST", conflicts_with = "machine_file")]
     pub machines: Vec<String>,
     /// Machines of your own, and the links between them: a TOML file
     #[arg(long, value_name = "FILE.toml")]
     pub machine_file: Option<PathBuf>,
-    /// What connects them, such as 5GbE, wifi or rtt=0.2ms,bw=4.5Gbit [default: the file's, else 1GbE]
+    /// What connects them, such as 5GbE, wifi or rtt=0.2ms,bw=4.5Gbit [default: the file's or what was measured, else 1GbE]
     #[arg(long, value_name = "LINK")]
     pub link: Option<String>,
     /// Tokens a slot holds, or `auto` for the model's own context, at most 4096 [env: CAPSTAN_CTX] [default: auto]
@@ -131,7 +133,7 @@ pub async fn plan(config: &Config, args: &PlanArgs, json: bool) -> Result<ExitCo
     let known = model::find(name).await?;
     let subject = known.subject();
     let train = Some(subject.profile.context_train).filter(|&t| t > 0).unwrap_or(CTX_DEFAULT);
-    let fleet = machines::Fleet::of(args)?;
+    let fleet = machines::Fleet::of(args, &config.data_dir.value).await?;
     let question = Question {
         subject: &subject,
         machines: &fleet.machines,

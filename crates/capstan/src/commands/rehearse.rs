@@ -14,7 +14,9 @@ use std::time::Instant;
 
 use anyhow::{Result, bail};
 use capstan_proto::LayerRange;
-use capstan_proto::manage::{ClusterStatus, DeploymentStatus, LoadEvent, LoadRequest, PlannedStage, Rehearsal};
+use capstan_proto::manage::{
+    ClusterStatus, DeploymentStatus, LoadEvent, LoadForecast, LoadRequest, PlannedStage, Rehearsal,
+};
 use clap::Args;
 
 use crate::client::{Client, ClientError};
@@ -149,7 +151,7 @@ pub async fn run(config: &Config, args: &RehearseArgs, json: bool) -> Result<Exi
         return Ok(ExitCode::from(INTERRUPTED));
     };
     let (measured, deployment): (Measured, DeploymentStatus) = (measured?, deployment?);
-    let report = Report::new(args, &subject, load_s, &loaded.planned, &deployment, measured);
+    let report = Report::new(args, &subject, load_s, loaded, &deployment, measured);
     if json {
         view::print_json(&report)?;
     } else {
@@ -175,25 +177,27 @@ fn request(args: &RehearseArgs, name: &str, outline: &std::path::Path) -> Result
         draft: None,
         prefix_cache: Some(false),
         decode_slowdown: None,
+        objective: None,
         rehearsal: Some(Rehearsal { sparse: args.sparse }),
     })
 }
 
-/// A rehearsal that is loaded.
+/// A rehearsal that is loaded, and what was planned and forecast for it.
 struct Loaded {
     planned: Vec<PlannedStage>,
+    forecast: Option<LoadForecast>,
 }
 
 async fn follow(client: &Client, request: &LoadRequest) -> Result<Loaded> {
     // On standard error, so that standard output is the report's alone.
     let mut progress = Progress::new(false);
-    let mut planned = Vec::new();
+    let mut loaded = Loaded { planned: Vec::new(), forecast: None };
     let mut events = client.load(request).await?;
     while let Some(event) = events.next().await? {
         progress.show(&event)?;
         match event {
-            LoadEvent::Planned { stages, .. } => planned = stages,
-            LoadEvent::Ready { .. } => return Ok(Loaded { planned }),
+            LoadEvent::Planned { stages, forecast, .. } => loaded = Loaded { planned: stages, forecast },
+            LoadEvent::Ready { .. } => return Ok(loaded),
             LoadEvent::Failed { message } => bail!("{}", view::plain_text(&message)),
             _ => {}
         }

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 use capstan_proto::limits::PROMPT_BYTES_MAX;
-use capstan_proto::manage::{ClusterStatus, Health};
+use capstan_proto::manage::{ClusterStatus, Health, LoadRequest};
 use clap::Args;
 use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
@@ -14,6 +14,7 @@ use serde_json::{Map, Value, json};
 use crate::chat::{Answer, Message, Piece, Stats};
 use crate::cli::ModelFlags;
 use crate::client::Client;
+use crate::commands::plan::Wanted;
 use crate::commands::{INTERRUPTED, models};
 use crate::config::Config;
 use crate::view;
@@ -79,6 +80,9 @@ pub struct RunArgs {
     /// GGUF of a draft model, should the model have to be loaded
     #[arg(long, value_name = "DRAFT.gguf")]
     pub draft: Option<PathBuf>,
+    /// What its placement is to be best at, should the model have to be loaded [default: latency]
+    #[arg(long, value_enum)]
+    pub objective: Option<Wanted>,
     /// Caches and scheduling, should the model have to be loaded.
     #[command(flatten)]
     pub model_flags: ModelFlags,
@@ -133,7 +137,8 @@ async fn ensure_loaded(client: &Client, config: &Config, args: &RunArgs) -> Resu
     }
     // Never as JSON: standard output is the answer's alone, and whoever watches sees the bars on standard error.
     let Some(path) = models::find(client, Path::new(&args.model), None, false).await? else { return Ok(None) };
-    let request = models::request(config, path, args.draft.as_deref())?;
+    let objective = args.objective.map(Wanted::into);
+    let request = LoadRequest { objective, ..models::request(config, path, args.draft.as_deref())? };
     if let Some(id) = request.path.strip_prefix("pulled:")
         && let Some(served) = client
             .status()

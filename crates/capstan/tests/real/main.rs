@@ -5,6 +5,7 @@ mod concurrency;
 mod daemons;
 mod exactness;
 mod leaks;
+mod measuring;
 mod openai_client;
 mod pipeline;
 mod prefix;

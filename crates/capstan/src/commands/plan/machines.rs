@@ -3,10 +3,12 @@ use std::io::Read;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
-use capstan_planner::{Links, Machine, Question, Wish, fewest_of, links, machine_file, machines, names};
+use capstan_planner::{Links, Machine, Question, Wish, fewest_of, links, machine_file, machines, names, nodes};
 use capstan_proto::LayerRange;
+use capstan_proto::manage::NodeStatus;
 
 use super::PlanArgs;
+use crate::client::{Client, ClientError};
 
 /// The machine that is planned with when none is named.
 const USUAL_MACHINE: &str = "Ryzen AI Max+ 395 128GB";
@@ -39,48 +41,80 @@ pub struct Fleet {
     pub machines: Vec<Machine>,
     pub links: Links,
     pub wishes: Vec<(usize, Wish)>,
-    /// No machines were named.
-    machines_assumed: bool,
+    /// Where machines come from that nobody named.
+    origin: Origin,
     /// No link was named.
     link_assumed: bool,
 }
 
+/// Where machines come from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Origin {
+    /// They were named.
+    Named,
+    /// As many of the usual kind as it takes; why the cluster's nodes were not taken, where there is one.
+    Usual(Option<String>),
+    /// The nodes of the cluster that runs here; those that were left out, and why.
+    Cluster(Vec<String>),
+}
+
+/// The nodes of the cluster whose daemon runs here; none where none runs.
+pub async fn cluster(data_dir: &Path) -> Result<Option<Vec<NodeStatus>>, ClientError> {
+    match Client::find(data_dir) {
+        Ok(client) => client.status().await.map(|status| Some(status.nodes)),
+        Err(ClientError::NotRunning | ClientError::Stale { .. }) => Ok(None),
+        Err(other) => Err(other),
+    }
+}
+
 impl Fleet {
-    /// What the arguments say.
-    pub fn of(args: &PlanArgs) -> Result<Self> {
-        let (machines, file_links) = match &args.machine_file {
+    /// What the arguments say; where they name no machines, the nodes of the running cluster.
+    pub async fn of(args: &PlanArgs, data_dir: &Path) -> Result<Self> {
+        let (machines, known_links, origin) = match &args.machine_file {
             Some(path) => {
                 let fleet = read(path)?;
-                (fleet.machines, fleet.links)
+                (fleet.machines, fleet.links, Origin::Named)
             }
-            None if args.machines.is_empty() => (vec![machines::find(USUAL_MACHINE)?], None),
-            None => (machines::parse(&args.machines.join(","))?, None),
+            None if args.machines.is_empty() => running(cluster(data_dir).await)?,
+            None => (machines::parse(&args.machines.join(","))?, None, Origin::Named),
         };
         let named = args.link.as_deref().map(links::parse).transpose()?;
-        let link_assumed = named.is_none() && file_links.is_none();
-        let links = match (named, file_links) {
+        let link_assumed = named.is_none() && known_links.is_none();
+        let links = match (named, known_links) {
+            // Who names a link asks what it would bring, whatever was measured.
+            (Some(usual), Some(_)) if matches!(origin, Origin::Cluster(_)) => Links::all(usual),
             (None, Some(links)) => links,
             // A link that is named stands for all that the file does not tell apart.
             (Some(usual), links) => Links { usual, between: links.map(|l| l.between).unwrap_or_default() },
             (None, None) => Links::all(links::parse(USUAL_LINK)?),
         };
-        let machines_assumed = args.machines.is_empty() && args.machine_file.is_none();
-        if machines_assumed && !(args.pin.is_empty() && args.exclude.is_empty()) {
+        if matches!(origin, Origin::Usual(_)) && !(args.pin.is_empty() && args.exclude.is_empty()) {
             bail!("--pin and --exclude are about machines; name these with --machines or --machine-file");
         }
         let wishes = wishes(&machines, args)?;
-        Ok(Self { machines, links, wishes, machines_assumed, link_assumed })
+        Ok(Self { machines, links, wishes, origin, link_assumed })
     }
 
     /// When no machines were named: as many of the usual kind as the model takes, or one where no number would do.
     pub fn as_many_as_it_takes(&self, question: &Question) -> Option<Vec<Machine>> {
-        let machine = self.machines.first().filter(|_| self.machines_assumed)?;
+        let machine = self.machines.first().filter(|_| matches!(self.origin, Origin::Usual(_)))?;
         Some(vec![machine.clone(); fewest_of(question).unwrap_or(1)])
     }
 
     /// What was assumed because it was not said.
     pub fn notes(&self, usual: Option<&[Machine]>) -> Vec<String> {
         let mut notes = Vec::new();
+        if let Origin::Cluster(left_out) = &self.origin {
+            notes.push(
+                "This is for the nodes of the cluster that runs here, by what was measured of them and their links, with the \
+                 memory that is free now; --machines plans with others."
+                    .to_owned(),
+            );
+            notes.extend(left_out.iter().cloned());
+        }
+        if let Origin::Usual(Some(why)) = &self.origin {
+            notes.push(why.clone());
+        }
         if let Some(usual) = usual {
             notes.push(format!(
                 "No machines were named, so this is for {} of {USUAL_MACHINE}, as many as it takes where any number will do; \
@@ -93,6 +127,28 @@ impl Fleet {
         }
         notes
     }
+}
+
+/// The cluster's nodes that were measured and what connects them, or a machine of the usual kind.
+fn running(cluster: Result<Option<Vec<NodeStatus>>, ClientError>) -> Result<(Vec<Machine>, Option<Links>, Origin)> {
+    let usual = |why| Ok((vec![machines::find(USUAL_MACHINE)?], None, Origin::Usual(why)));
+    let nodes = match cluster {
+        Ok(Some(nodes)) => nodes,
+        Ok(None) => return usual(None),
+        Err(error) => return usual(Some(format!("The cluster that runs here was not asked: {error}."))),
+    };
+    let (measured, others): (Vec<_>, Vec<_>) = nodes.into_iter().partition(|n| n.online && n.profile.is_some());
+    let machines: Vec<Machine> = measured.iter().filter_map(nodes::machine).collect();
+    if machines.is_empty() {
+        let why = "No node of the cluster that runs here has been measured yet, so they are not planned with; nodes measure \
+                   themselves while nothing runs on them.";
+        return usual(Some(why.to_owned()));
+    }
+    let why = |n: &NodeStatus| {
+        let why = if n.online { "was not measured yet" } else { "does not answer" };
+        format!("{} {why} and is left out.", n.name)
+    };
+    Ok((machines, nodes::links(&measured), Origin::Cluster(others.iter().map(why).collect())))
 }
 
 /// Reads a file of machines, which is no larger than such a file can be.
@@ -161,6 +217,40 @@ mod tests {
         for bad in ["", "=0..1", "a=", "a=3..3", "a=0-3"] {
             assert!(pin(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn measured_nodes_are_planned_with() {
+        let node = |name: &str, online, profile| NodeStatus {
+            id: capstan_proto::NodeId([0; 32]),
+            name: name.into(),
+            version: String::new(),
+            addrs: vec![],
+            online,
+            is_self: false,
+            rtt_us: None,
+            memory_total_bytes: 8,
+            memory_free_bytes: 4,
+            devices: vec![],
+            profile,
+            links: vec![],
+        };
+        let profile = || Some(capstan_proto::device::DeviceProfile::default());
+        let all = vec![node("a", true, profile()), node("b", false, profile()), node("c", true, None)];
+        let (machines, links, origin) = running(Ok(Some(all))).unwrap();
+        assert_eq!(machines.iter().map(|m| (m.name.as_str(), m.usable_bytes)).collect::<Vec<_>>(), [("a", 4)]);
+        assert_eq!(links, None);
+        let Origin::Cluster(left_out) = origin else { panic!("{origin:?}") };
+        assert!(
+            left_out[0].contains("b does not answer") && left_out[1].contains("c was not measured"),
+            "{left_out:?}"
+        );
+
+        let none = |origin: Origin| matches!(origin, Origin::Usual(Some(why)) if why.contains("measure"));
+        assert!(none(running(Ok(Some(vec![node("c", true, None)]))).unwrap().2));
+        assert_eq!(running(Ok(None)).unwrap().2, Origin::Usual(None));
+        let broken = ClientError::Malformed("x".into());
+        assert!(matches!(running(Err(broken)).unwrap().2, Origin::Usual(Some(why)) if why.contains("not asked")));
     }
 
     #[test]

@@ -2,16 +2,19 @@
 use std::time::Duration;
 
 use capstan_gguf::ModelProfile;
-use capstan_proto::manage::{DeploymentStatus, PlannedStage};
+use capstan_proto::manage::{DeploymentStatus, LoadForecast};
 use serde::Serialize;
 
-use super::RehearseArgs;
 use super::measure::Measured;
 use super::subject::Subject;
+use super::{Loaded, RehearseArgs};
 use crate::view::{self, Table};
 
 /// How long until a process has surely told its highest memory: it tells once a second.
 pub(super) const SETTLE: Duration = Duration::from_millis(2500);
+
+/// Stands for a figure that nobody knows.
+const UNKNOWN: &str = "–";
 
 /// A stage, planned and measured.
 #[derive(Debug, Serialize)]
@@ -24,6 +27,8 @@ struct Stage {
     shard_bytes: u64,
     /// Memory that the planner counted on.
     planned_bytes: u64,
+    /// Memory that the process was forecast to hold at most; 0 where that was not known.
+    forecast_bytes: u64,
     /// Weights, KV cache and compute buffers as the process measured them.
     memory_bytes: u64,
     kv_bytes: u64,
@@ -58,6 +63,8 @@ pub(super) struct Report {
     stages: Vec<Stage>,
     #[serde(flatten)]
     measured: Measured,
+    /// What was forecast of what was rehearsed; none while a node or link was not measured.
+    forecast: Option<LoadForecast>,
     extrapolated: Option<Extrapolated>,
     notes: Vec<String>,
 }
@@ -67,11 +74,13 @@ impl Report {
         args: &RehearseArgs,
         subject: &Subject,
         load_s: f64,
-        planned: &[PlannedStage],
+        loaded: Loaded,
         deployment: &DeploymentStatus,
         measured: Measured,
     ) -> Self {
         let (whole, part) = (&subject.whole, &subject.rehearsed);
+        let Loaded { planned, forecast } = loaded;
+        let resident = forecast.as_ref().map_or(&[][..], |f| &f.resident_bytes);
         let stages = deployment.stages.iter().map(|s| Stage {
             stage: s.stage,
             node: s.node_name.clone(),
@@ -79,6 +88,7 @@ impl Report {
             pid: s.pid,
             shard_bytes: s.shard_bytes,
             planned_bytes: planned.get(usize::from(s.stage)).map_or(0, |p| p.memory_bytes),
+            forecast_bytes: resident.get(usize::from(s.stage)).copied().unwrap_or(0),
             memory_bytes: s.memory_bytes,
             kv_bytes: s.kv_bytes,
             compute_bytes: s.compute_bytes,
@@ -104,7 +114,8 @@ impl Report {
             sparse: args.sparse,
             load_s,
             stages: stages.collect(),
-            notes: notes(args, subject),
+            notes: notes(args, subject, forecast.is_some()),
+            forecast,
             measured,
             extrapolated,
         }
@@ -124,13 +135,14 @@ impl Report {
             out += &format!("rehearsed with {} of its layers\n", self.layers_rehearsed);
         }
         out += &format!("loaded in {:.1} s; {} slots of {} tokens\n\n", self.load_s, self.slots, self.ctx);
-        let heading = ["stage", "node", "layers", "shard", "planned", "measured", "KV", "compute", "peak"];
-        let mut table = Table::new(&heading, &[0, 2, 3, 4, 5, 6, 7, 8]);
+        let heading = ["stage", "node", "layers", "shard", "planned", "measured", "KV", "compute", "forecast", "peak"];
+        let mut table = Table::new(&heading, &[0, 2, 3, 4, 5, 6, 7, 8, 9]);
         for s in &self.stages {
             let sizes = [s.shard_bytes, s.planned_bytes, s.memory_bytes, s.kv_bytes, s.compute_bytes];
             let mut row = vec![s.stage.to_string(), s.node.clone(), format!("{}..{}", s.layers.0, s.layers.1)];
             row.extend(sizes.map(view::bytes));
-            row.push(if s.peak_rss_bytes > 0 { view::bytes(s.peak_rss_bytes) } else { "–".into() });
+            let known = |bytes: u64| if bytes > 0 { view::bytes(bytes) } else { UNKNOWN.into() };
+            row.extend([s.forecast_bytes, s.peak_rss_bytes].map(known));
             table.row(row);
         }
         out += &format!("{}\n\n{}\n\n{}\n", table.render("  "), self.ttft().render("  "), self.decode().render("  "));
@@ -141,26 +153,38 @@ impl Report {
     }
 
     fn headings(&self, first: &'static str, second: &'static str) -> Vec<&'static str> {
+        let forecast = self.forecast.as_ref().map(|_| "forecast");
         let all = self.extrapolated.as_ref().map(|_| "all layers (extrapolated)");
-        [first, second].into_iter().chain(all).collect()
+        [first, second].into_iter().chain(forecast).chain(all).collect()
+    }
+
+    /// What was measured, what was forecast of it where a forecast is, and what follows for all layers.
+    fn row(&self, first: String, unit: &str, measured: f64, forecast: Option<f64>, all: Option<&f64>) -> Vec<String> {
+        let figure = |x: f64| format!("{x:.2} {unit}");
+        let forecast = self.forecast.as_ref().map(|_| forecast.map_or(UNKNOWN.into(), figure));
+        [first, figure(measured)].into_iter().chain(forecast).chain(all.map(|x| figure(*x))).collect()
     }
 
     fn ttft(&self) -> Table {
-        let mut table = Table::new(&self.headings("prompt", "first token"), &[0, 1, 2]);
+        let mut table = Table::new(&self.headings("prompt", "first token"), &[0, 1, 2, 3]);
         for (i, f) in self.measured.first_token.iter().enumerate() {
             let all = self.extrapolated.as_ref().and_then(|e| e.ttft_s.get(i));
-            let seconds = [Some(&f.ttft_s), all].into_iter().flatten().map(|s| format!("{s:.2} s"));
-            table.row([format!("{} tokens", f.prompt_tokens)].into_iter().chain(seconds).collect());
+            let listed = self.forecast.iter().flat_map(|f| &f.first_token);
+            let forecast = listed.filter(|l| l.prompt_tokens == f.prompt_tokens).map(|l| l.seconds).next();
+            table.row(self.row(format!("{} tokens", f.prompt_tokens), "s", f.ttft_s, forecast, all));
         }
         table
     }
 
     fn decode(&self) -> Table {
-        let mut table = Table::new(&self.headings("answers at once", "together"), &[0, 1, 2]);
+        let mut table = Table::new(&self.headings("answers at once", "together"), &[0, 1, 2, 3]);
         for (i, d) in self.measured.decode.iter().enumerate() {
             let all = self.extrapolated.as_ref().and_then(|e| e.tokens_per_s.get(i));
-            let rates = [Some(&d.tokens_per_s), all].into_iter().flatten().map(|r| format!("{r:.2} tokens/s"));
-            table.row([d.concurrency.to_string()].into_iter().chain(rates).collect());
+            // Answers are short: what was forecast of them begins where nothing is before them.
+            let listed = self.forecast.iter().flat_map(|f| &f.decode);
+            let forecast =
+                listed.filter(|l| (l.sequences, l.depth_tokens) == (d.concurrency, 0)).map(|l| l.tokens_per_s);
+            table.row(self.row(d.concurrency.to_string(), "tokens/s", d.tokens_per_s, forecast.last(), all));
         }
         table
     }
@@ -187,12 +211,18 @@ fn growth(part: &ModelProfile, whole: &ModelProfile, of: fn(&ModelProfile) -> f6
     of(whole) / of(part).max(1.0)
 }
 
-fn notes(args: &RehearseArgs, subject: &Subject) -> Vec<String> {
+fn notes(args: &RehearseArgs, subject: &Subject, forecast: bool) -> Vec<String> {
     let mut notes = vec![
         "Weights were made up on each node: the load has no download and no disk in it, and guesses (speculation) were off, \
          for they depend on the text."
             .to_owned(),
     ];
+    notes.push(if forecast {
+        "Forecasts are what `capstan load` would say before, by what was measured of nodes and links alone.".to_owned()
+    } else {
+        "There is no forecast to compare with: not all of these nodes and the links between them are measured yet."
+            .to_owned()
+    });
     if subject.rehearsed.n_layers < subject.whole.n_layers {
         notes.push(format!(
             "Only layers {} were run. The columns for all layers are extrapolated: an answer's time by the bytes that a token \
