@@ -40,7 +40,7 @@ pub(crate) fn routes(app: &App) -> Router<App> {
         .route("/models/export", post(export))
         .route("/disk", get(disk))
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
-        .route_layer(middleware::from_fn_with_state(app.clone(), guard::check_token))
+        .route_layer(middleware::from_fn_with_state(app.clone(), guard::check_manage))
 }
 
 /// Events as lines of JSON. A client that goes away stops nothing: the pull goes on.

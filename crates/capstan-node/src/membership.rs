@@ -186,8 +186,7 @@ impl Membership {
             let mut state = self.state();
             match state.members.get(self.id).cloned() {
                 Some(own) if own.addrs != addrs => {
-                    let command =
-                        Change::Refresh { id: self.id, name: own.name, addrs, version: self.version.clone() };
+                    let command = Change::Refresh { id: self.id, name: own.name, addrs, version: self.version.clone() };
                     state.members.apply(command, now_ms()).is_ok()
                 }
                 _ => false,
@@ -232,12 +231,7 @@ impl Membership {
             }
             // Whether there is room is asked first, so that a full cluster does not use the ticket up.
             state.members.clone().apply(
-                Change::Admit {
-                    id,
-                    name: join.name.clone(),
-                    addrs: join.addrs.clone(),
-                    version: join.version.clone(),
-                },
+                Change::Admit { id, name: join.name.clone(), addrs: join.addrs.clone(), version: join.version.clone() },
                 now_ms(),
             )?;
             let is_member = state.members.get(id).is_some();

@@ -284,7 +284,16 @@ async fn place(
     shared.poll_all().await;
     let train = model.model.profile().context_train;
     let ctx = if train == 0 { CTX } else { train.min(CTX) };
-    let options = PlanOptions { ctx, slots: SLOTS, spares_per_stage: 0, draft_bytes: 0, ubatch: UBATCH, nodes, layers };
+    let options = PlanOptions {
+        ctx,
+        slots: SLOTS,
+        spares_per_stage: 0,
+        draft_bytes: 0,
+        ubatch: UBATCH,
+        objective: Default::default(),
+        nodes,
+        layers,
+    };
     let placed = match placing::place(shared, model, options.clone(), false).await {
         Err(error) if error.status == 409 => placing::place_idle(shared, model, options).await,
         other => other,

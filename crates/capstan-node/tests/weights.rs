@@ -340,6 +340,7 @@ async fn layers_are_copied_and_a_model_outlives_a_node_without_the_source() {
         prefix_cache: None,
         decode_slowdown: None,
         rehearsal: None,
+        objective: None,
     };
     let mut events = members[0].node.load(load).await.unwrap();
     while let Some(event) = events.recv().await {
