@@ -70,6 +70,8 @@ pub(crate) async fn device_loop(shared: Arc<Shared>) {
                 tries += 1;
                 match device(&shared, wanted, known).await {
                     Ok(()) => {}
+                    // Something else may have run; later there may be quiet.
+                    Err(reason) if tries < TRIES_MAX => tracing::info!(reason, "this machine will be measured again"),
                     Err(reason) => {
                         tracing::warn!(
                             reason,

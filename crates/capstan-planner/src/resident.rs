@@ -9,12 +9,7 @@ use capstan_gguf::ModelProfile;
 use capstan_proto::LayerRange;
 use capstan_proto::device::DeviceProfile;
 
-use crate::cost::Need;
-
-/// What llama.cpp's tokenizer holds for each token of a vocabulary, in bytes: texts, merges, tables of both. Measured as
-/// what the stage with the vocabulary holds more than others: 352 for the 49,152 tokens of SmolLM2, 315 for the 151,936
-/// of Qwen2.5.
-const TOKENIZER_BYTES_PER_TOKEN: u64 = 330;
+use crate::cost::{Need, TOKENIZER_BYTES_PER_TOKEN};
 
 /// A stage of a placement.
 #[derive(Clone, Copy, Debug)]

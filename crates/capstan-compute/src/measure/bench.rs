@@ -108,6 +108,18 @@ impl Bench {
         Ok(least / self.layers)
     }
 
+    /// Seconds of a layer, the middle of several: what shared caches hold differs from moment to moment, and the best
+    /// moment is not what a stage will find.
+    pub fn usual_time(&mut self, work: Work) -> Result<f64, MeasureError> {
+        let began = Instant::now();
+        let mut times = Vec::with_capacity(REPEATS);
+        while times.is_empty() || (times.len() < REPEATS && began.elapsed() < REPEAT_FOR) {
+            times.push(self.run(work)?);
+        }
+        times.sort_unstable_by(f64::total_cmp);
+        Ok(times[times.len() / 2] / self.layers)
+    }
+
     /// Computes once and says how long all layers took; what was there from its first position on is forgotten.
     fn run(&mut self, work: Work) -> Result<f64, MeasureError> {
         // Rows whose logits nobody wants leave the last layer half-way.

@@ -15,8 +15,10 @@ use crate::link::{Incoming, IrohTransport, LinkError, Outgoing, Transport};
 /// Bytes of a frame: a row of 1024 floats, of which the link's bandwidth is no part to speak of.
 const FRAME_BYTES: usize = 4096;
 /// Throws, of which the middle one counts, and before them those that find everything cold.
-const THROWS: usize = 64;
-const COLD: usize = 16;
+const THROWS: usize = 24;
+const COLD: usize = 8;
+/// Before each throw both ends rest as a stage does while others compute: cores that sleep take a moment to wake up.
+const REST: Duration = Duration::from_millis(5);
 /// All of it takes milliseconds; whoever waits longer has no loopback.
 const TIMEOUT: Duration = Duration::from_secs(3);
 
@@ -44,6 +46,7 @@ pub(super) fn half_round_trip() -> Result<Duration, String> {
     });
     let mut throws = Vec::with_capacity(THROWS);
     for i in 0..COLD + THROWS {
+        std::thread::sleep(REST);
         let began = Instant::now();
         let sent = here.send.blocking_send(prefixed(vec![0; FRAME_BYTES])).is_ok();
         let came = runtime.block_on(async { timeout(TIMEOUT, here.came.recv()).await.ok().flatten() });
