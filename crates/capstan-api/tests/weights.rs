@@ -1,4 +1,6 @@
 //! The calls for models on disks, asked of a scripted node over HTTP.
+// Some of it is for the other tests.
+#[allow(dead_code)]
 mod fake;
 
 use fake::{Server, TOKEN};

@@ -45,6 +45,9 @@ const SLICE_CHUNKS: u64 = 8 << 10;
 /// Room that a fetch leaves free on the disk, for logs and for the rest of the machine.
 pub(crate) const SPARE_BYTES: u64 = 64 << 20;
 
+/// A source, and how it fared.
+type Fared = (EndpointId, Result<(), StoreError>);
+
 impl Store {
     /// Fetches a shard of `bytes` bytes from node `from`; see [`Store::fetch_from`].
     pub async fn fetch(
@@ -150,7 +153,7 @@ impl Store {
         partial: Partial,
         room: &mut Reservation<'_>,
         progress: &mut (impl FnMut(u64, u64) + Send),
-    ) -> Result<(Partial, Vec<(EndpointId, Result<(), StoreError>)>), StoreError> {
+    ) -> Result<(Partial, Vec<Fared>), StoreError> {
         let (bytes, hash, have_bytes) = (partial.bytes, partial.hash, partial.have_bytes);
         let slices = Mutex::new(slices(&partial.missing()));
         let (items, queue) = mpsc::channel(WRITE_QUEUE);

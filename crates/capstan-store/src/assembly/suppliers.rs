@@ -206,6 +206,9 @@ impl Who {
     }
 }
 
+/// A thread that writes, and what came of it.
+type Writing = tokio::task::JoinHandle<Result<(), StoreError>>;
+
 /// What suppliers need.
 pub(super) struct Supply<'a> {
     pub store: &'a Store,
@@ -225,9 +228,9 @@ impl Supply<'_> {
             let Some(chunk) = self.work.take(supplier.index).await else { break None };
             let before = self.missing(&chunk);
             let brought = match &supplier.who {
-                Who::Here => self.from_here(&chunk).await,
-                Who::Peer(addr, provides) => self.from_peer(addr, provides, &chunk, &mut connection).await,
-                Who::Outside => self.from_outside(&chunk).await,
+                Who::Here => self.copy_here(&chunk).await,
+                Who::Peer(addr, provides) => self.ask_peer(addr, provides, &chunk, &mut connection).await,
+                Who::Outside => self.ask_outside(&chunk).await,
             };
             let Err(error) = brought else {
                 self.work.finished();
@@ -267,13 +270,13 @@ impl Supply<'_> {
     }
 
     /// What goes to the disk, on a thread of its own.
-    fn writer(&self) -> (mpsc::Sender<(u64, Bytes)>, tokio::task::JoinHandle<Result<(), StoreError>>) {
+    fn writer(&self) -> (mpsc::Sender<(u64, Bytes)>, Writing) {
         let (pieces, queue) = mpsc::channel(WRITE_QUEUE);
         let assembly = self.assembly.clone();
         (pieces, self.store.inner.tracker.spawn_blocking(move || assembly.receive(queue)))
     }
 
-    async fn from_here(&self, chunk: &Chunk) -> Result<(), StoreError> {
+    async fn copy_here(&self, chunk: &Chunk) -> Result<(), StoreError> {
         let found = chunk.providers.iter().find_map(|(p, at)| Some((self.local[*p].clone()?, *at)));
         let Some((source, at)) = found else { return Ok(()) };
         let (gaps, to, assembly) = (self.gaps(chunk), chunk.piece.to, self.assembly.clone());
@@ -313,7 +316,7 @@ impl Supply<'_> {
             .await
     }
 
-    async fn from_peer(
+    async fn ask_peer(
         &self,
         addr: &EndpointAddr,
         provides: &[usize],
@@ -356,7 +359,7 @@ impl Supply<'_> {
         Ok(())
     }
 
-    async fn from_outside(&self, chunk: &Chunk) -> Result<(), StoreError> {
+    async fn ask_outside(&self, chunk: &Chunk) -> Result<(), StoreError> {
         let file = self.order.files.get(usize::from(chunk.piece.file));
         let (Some(file), Some(remote)) = (file.and_then(|f| remote_file(f, self.sources)), &self.sources.remote) else {
             return Ok(());
