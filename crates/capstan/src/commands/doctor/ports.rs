@@ -165,7 +165,13 @@ mod tests {
     fn our_own_daemon_may_hold_it() {
         let held = UdpSocket::bind("127.0.0.1:0").unwrap();
         let addr = held.local_addr().unwrap();
-        let daemon = DaemonFile { pid: std::process::id(), api: addr, token: String::new(), version: String::new() };
+        let daemon = DaemonFile {
+            pid: std::process::id(),
+            api: addr,
+            listen: None,
+            token: String::new(),
+            version: String::new(),
+        };
         let root = Root::new("/".into());
         assert_eq!(finding(&root, Kind::Api, addr, Some(&daemon)).state, State::Ok);
         #[cfg(target_os = "linux")]
