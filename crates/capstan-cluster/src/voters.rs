@@ -26,7 +26,7 @@ pub fn voters(
     let there = |id: &NodeId| *id == leader || online.contains(id);
     let mut able: Vec<NodeId> = members.iter().copied().filter(|id| there(id) || current.contains(id)).collect();
     able.sort_by_key(|id| (*id != leader, !there(id), !current.contains(id), *id));
-    let odd = if able.len() % 2 == 0 { able.len().saturating_sub(1) } else { able.len() };
+    let odd = if able.len().is_multiple_of(2) { able.len().saturating_sub(1) } else { able.len() };
     able.truncate(wanted.min(odd));
     able.into_iter().collect()
 }

@@ -461,7 +461,7 @@ mod tests {
             (5, Request::Leave(Box::new(member()))),
             (6, Request::Unload { deployment }),
             (7, Request::Keys(Box::new(news))),
-            (10, Request::Part(Box::new(PartRequest::Publish { assembly: ContentHash([0; 32]) }))),
+            (10, Request::Part(Box::new(PartRequest::Publish { assembly: crate::ContentHash([0; 32]) }))),
         ];
         for (n, request) in &requests {
             assert_eq!(number(request), *n, "{request:?}");
