@@ -184,7 +184,7 @@ impl Report {
             let listed = self.forecast.iter().flat_map(|f| &f.decode);
             let forecast =
                 listed.filter(|l| (l.sequences, l.depth_tokens) == (d.concurrency, 0)).map(|l| l.tokens_per_s);
-            table.row(self.row(d.concurrency.to_string(), "tokens/s", d.tokens_per_s, forecast.last(), all));
+            table.row(self.row(d.concurrency.to_string(), "tokens/s", d.tokens_per_s, forecast.next_back(), all));
         }
         table
     }
