@@ -22,8 +22,8 @@ use crate::node::Shared;
 
 /// Between two looks whether there is something to measure and nobody else computes.
 const LOOK_AGAIN: Duration = Duration::from_secs(2);
-/// How long a machine may take: twice what a measurement plans for.
-const DEVICE_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a machine may take: six times what a measurement plans for, as other programs may have the processor.
+const DEVICE_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long a link may take: below 0.4 Mbit/s there is nothing to serve over it.
 const LINK_TIMEOUT: Duration = Duration::from_secs(20);
 /// Measurements at most: each gets a few types of weights done, and some a backend may not have.

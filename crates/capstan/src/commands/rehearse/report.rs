@@ -169,8 +169,8 @@ impl Report {
         let mut table = Table::new(&self.headings("prompt", "first token"), &[0, 1, 2, 3]);
         for (i, f) in self.measured.first_token.iter().enumerate() {
             let all = self.extrapolated.as_ref().and_then(|e| e.ttft_s.get(i));
-            let listed = self.forecast.iter().flat_map(|f| &f.first_token);
-            let forecast = listed.filter(|l| l.prompt_tokens == f.prompt_tokens).map(|l| l.seconds).next();
+            let mut listed = self.forecast.iter().flat_map(|f| &f.first_token);
+            let forecast = listed.find(|l| l.prompt_tokens == f.prompt_tokens).map(|l| l.seconds);
             table.row(self.row(format!("{} tokens", f.prompt_tokens), "s", f.ttft_s, forecast, all));
         }
         table
@@ -181,10 +181,9 @@ impl Report {
         for (i, d) in self.measured.decode.iter().enumerate() {
             let all = self.extrapolated.as_ref().and_then(|e| e.tokens_per_s.get(i));
             // Answers are short: what was forecast of them begins where nothing is before them.
-            let listed = self.forecast.iter().flat_map(|f| &f.decode);
-            let forecast =
-                listed.filter(|l| (l.sequences, l.depth_tokens) == (d.concurrency, 0)).map(|l| l.tokens_per_s);
-            table.row(self.row(d.concurrency.to_string(), "tokens/s", d.tokens_per_s, forecast.next_back(), all));
+            let mut listed = self.forecast.iter().flat_map(|f| &f.decode);
+            let forecast = listed.find(|l| (l.sequences, l.depth_tokens) == (d.concurrency, 0)).map(|l| l.tokens_per_s);
+            table.row(self.row(d.concurrency.to_string(), "tokens/s", d.tokens_per_s, forecast, all));
         }
         table
     }
