@@ -2,7 +2,7 @@
 use std::convert::Infallible;
 
 use axum::body::Body;
-use axum::extract::{DefaultBodyLimit, State};
+use axum::extract::{DefaultBodyLimit, Query, State};
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -102,11 +102,15 @@ struct Stop {
     now: bool,
 }
 
-async fn stop(State(app): State<App>, JsonBody(body): JsonBody<Stop>) -> Json<Value> {
-    if body.now {
+async fn stop(
+    State(app): State<App>,
+    how: Result<Query<Stop>, axum::extract::rejection::QueryRejection>,
+) -> Result<Json<Value>, ApiError> {
+    let Query(how) = how.map_err(|e| ApiError::bad("now", format!("the way to stop is not understood: {e}")))?;
+    if how.now {
         app.service.stop_now().await;
     } else {
         app.service.stop().await;
     }
-    Json(json!({"stopped": true}))
+    Ok(Json(json!({"stopped": true})))
 }

@@ -318,6 +318,8 @@ async fn management_needs_the_token() {
     assert_eq!(error(admin(client.post(url("unload")).json(&json!({"nam": "x"}))).await.unwrap()).await.0, 400);
     assert_eq!(error(admin(client.post(url("join")).json(&json!({"ticket": "x"}))).await.unwrap()).await.0, 500);
     assert_eq!(admin(client.post(url("leave"))).await.unwrap().status(), 200);
+    assert_eq!(error(admin(client.post(url("stop?now=soon"))).await.unwrap()).await.0, 400);
+    assert_eq!(admin(client.post(url("stop?now=true"))).await.unwrap().status(), 200);
     assert_eq!(admin(client.post(url("stop"))).await.unwrap().status(), 200);
 }
 

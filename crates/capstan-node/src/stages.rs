@@ -264,7 +264,7 @@ impl StageTask<'_> {
         task.tell_child(ToChild::Load(Box::new(spec.clone()))).await?;
         let (mut failure, mut hung) = (None, None);
         let mut kill_at = None;
-        let mut pings = tokio::time::interval(PING_EVERY);
+        let mut pings = tokio::time::interval_at(Instant::now() + PING_EVERY, PING_EVERY);
         // A daemon that was held up itself must not count what its child could not answer meanwhile.
         pings.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {

@@ -182,7 +182,8 @@ impl Client {
 
     /// Asks the daemon to end. Its process may outlive the answer a little.
     pub async fn stop(&self, now: bool) -> Result<(), ClientError> {
-        self.send(Method::POST, "/capstan/v1/stop", Some(json!({ "now": now })), SLOW_TIMEOUT).await.map(drop)
+        let path = if now { "/capstan/v1/stop?now=true" } else { "/capstan/v1/stop" };
+        self.send(Method::POST, path, Some(json!({})), SLOW_TIMEOUT).await.map(drop)
     }
 
     /// Starts a load; its events follow one by one.
