@@ -3,7 +3,7 @@
 //!
 //! | module | idea |
 //! |---|---|
-//! | [`run`] | one run: a cluster grows, chance has its way, everything heals, all must agree |
+//! | [`mod@run`] | one run: a cluster grows, chance has its way, everything heals, all must agree |
 //! | [`node`] | a node: its disk, its replica, what it serves |
 //! | [`driver`] | places a deployment, begins its epoch, sends work; an old one may be stubborn |
 //! | [`net`] | the network, and what a node's door lets in |

@@ -32,7 +32,8 @@ const TICK: Duration = Duration::from_millis(120);
 /// Arguments of `capstan pull`.
 #[derive(Args, Debug)]
 pub struct PullArgs {
-    /// hf:OWNER/REPO[:QUANT][@REVISION], an address, or file:PATH
+    /// What is pulled.
+    #[arg(help = "hf:OWNER/REPO[:QUANT][@REVISION], an address, or file:PATH")]
     pub source: String,
     /// What to call it [default: its file's name]
     #[arg(long)]
