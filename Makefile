@@ -41,7 +41,7 @@ venv: setup
 
 .PHONY: test
 test: setup model venv ## Run every test
-	CAPSTAN_TEST_PYTHON=$(VENV)/bin/python $(CARGO) test --release --workspace --locked
+	CAPSTAN_TEST_PYTHON=$(VENV)/bin/python $(CARGO) test --release --workspace --locked --no-fail-fast
 
 .PHONY: sim
 sim: setup ## The scheduler in virtual time: efficiency against bounds, random workloads

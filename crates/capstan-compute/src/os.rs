@@ -100,6 +100,7 @@ mod tests {
         for bad in ["", "VmHWM: many kB", "VmHWM: 18446744073709551615 kB"] {
             assert_eq!(bytes_of(bad, "VmHWM:"), None, "{bad}");
         }
-        assert!(peak_rss_bytes() >= rss_bytes() && rss_bytes() > 1 << 20);
+        // Each apart: between two reads other tests allocate and free, and the kernel's own counts of a peak are rough.
+        assert!(rss_bytes() > 1 << 20 && peak_rss_bytes() > 1 << 20);
     }
 }
