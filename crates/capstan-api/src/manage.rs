@@ -37,6 +37,11 @@ struct Join {
     ticket: String,
 }
 
+#[derive(Deserialize)]
+struct Named {
+    name: String,
+}
+
 pub(crate) fn routes(app: &App) -> Router<App> {
     Router::new()
         .route("/status", get(status))
@@ -45,6 +50,8 @@ pub(crate) fn routes(app: &App) -> Router<App> {
         .route("/ticket", post(ticket))
         .route("/join", post(join))
         .route("/leave", post(leave))
+        .route("/nodes/remove", post(remove_node))
+        .route("/nodes/drain", post(drain_node))
         .route("/stop", post(stop))
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
         .route_layer(middleware::from_fn_with_state(app.clone(), guard::check_token))
@@ -91,6 +98,14 @@ async fn join(State(app): State<App>, JsonBody(body): JsonBody<Join>) -> Result<
 async fn leave(State(app): State<App>) -> Result<Json<Value>, ApiError> {
     app.service.leave().await?;
     Ok(Json(json!({"left": true})))
+}
+
+async fn remove_node(State(app): State<App>, JsonBody(body): JsonBody<Named>) -> Result<Json<ClusterStatus>, ApiError> {
+    Ok(Json(app.service.remove_node(body.name).await?))
+}
+
+async fn drain_node(State(app): State<App>, JsonBody(body): JsonBody<Named>) -> Result<Json<ClusterStatus>, ApiError> {
+    Ok(Json(app.service.drain_node(body.name).await?))
 }
 
 async fn stop(State(app): State<App>) -> Json<Value> {

@@ -16,6 +16,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
+use capstan_cluster::Seat;
 use capstan_planner::StagePlan;
 use capstan_proto::child::{ChildStats, PeerAddr, StageInfo, WindowIo, Wiring};
 use capstan_proto::control::{StageCommand, StageEvent, StageFile, StageOrder, clip};
@@ -25,6 +26,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
+use crate::agreement::{self, NotPlaced};
 use crate::arrival::FileSource;
 use crate::blueprint::Blueprint;
 use crate::coordinator::cuts::{Cut, Supply};
@@ -60,6 +62,8 @@ pub(crate) enum Message {
     Cut(usize, StageFile, Result<Cut, String>),
     /// Bytes of a shard that is being cut.
     Cutting(usize, u64, u64),
+    /// The cluster has agreed on the placement under this epoch, or has not.
+    Placed(Result<Epoch, NotPlaced>),
     /// A node is no member any more.
     MemberLeft(NodeId),
     /// End the deployment; answer when it is gone.
@@ -98,6 +102,8 @@ pub(crate) struct Coordinator {
     blueprint: Blueprint,
     stages: Vec<Stage>,
     epoch: Epoch,
+    /// An epoch was asked for.
+    placing: bool,
     health: Health,
     detail: String,
     inbox: mpsc::Receiver<Message>,
@@ -155,6 +161,7 @@ impl Coordinator {
             shared,
             stages,
             epoch: Epoch(0),
+            placing: false,
             health: if initial { Health::Loading } else { Health::Recovering },
             detail: if initial {
                 blueprint.remark.clone()
@@ -239,6 +246,7 @@ impl Coordinator {
                 self.tell(LoadEvent::Cutting { stage: i as u16, done_bytes, total_bytes });
             }
             Message::Cut(i, file, result) => self.was_cut(i, file, result)?,
+            Message::Placed(placed) => self.placed(placed)?,
             Message::MemberLeft(node) => {
                 if let Some(i) = self.stages.iter().position(|s| s.plan.node == node) {
                     let stage = self.name_stage(i);
@@ -445,9 +453,41 @@ impl Coordinator {
         Ok(())
     }
 
-    /// Gives every stage its place in the ring, under a new epoch.
+    /// Asks the cluster for the next epoch: only a placement that it has agreed on gets one.
     fn wire(&mut self) {
-        self.epoch = self.epoch.next();
+        if std::mem::replace(&mut self.placing, true) {
+            return;
+        }
+        let seats = self.stages.iter().map(|s| Seat { node: s.plan.node, layers: s.plan.layers }).collect();
+        let (shared, outbox, id, epoch) = (self.shared.clone(), self.outbox.clone(), self.blueprint.id, self.epoch);
+        tokio::spawn(async move {
+            let placed = agreement::place(&shared, id, epoch, seats).await;
+            outbox.send(Message::Placed(placed)).await.ok();
+        });
+    }
+
+    fn placed(&mut self, placed: Result<Epoch, NotPlaced>) -> Result<(), String> {
+        self.placing = false;
+        match placed {
+            Ok(epoch) => {
+                self.epoch = epoch;
+                // A stage that went away meanwhile asks for another epoch when it is back.
+                if self.stages.iter().all(|s| s.loaded.is_some()) {
+                    self.connect();
+                }
+                Ok(())
+            }
+            Err(NotPlaced::ForNow(why)) if !self.initial => {
+                self.trouble(why);
+                self.rewire_at = Some(Instant::now() + AWAY_RETRY);
+                Ok(())
+            }
+            Err(NotPlaced::ForNow(why) | NotPlaced::ForGood(why)) => Err(why),
+        }
+    }
+
+    /// Gives every stage its place in the ring, under the new epoch.
+    fn connect(&mut self) {
         self.mending = false;
         let n = self.stages.len();
         let addr = |i: usize| (n > 1).then(|| self.stages[i % n].loaded.as_ref().map(|(a, _)| a.clone())).flatten();

@@ -36,6 +36,12 @@ impl Fleet {
         self
     }
 
+    /// The same without a node that is to be left.
+    pub(crate) fn without(mut self, node: NodeId) -> Self {
+        self.0.retain(|n| n.id != node);
+        self
+    }
+
     /// Seconds from one token of a lone answer to the next; none while something was not measured.
     pub(crate) fn step_s(&self, profile: &ModelProfile, placement: &Placement) -> Option<f64> {
         self.with_pipeline(profile, placement, (0, 0, 1), |p| p.decode(Wiring::Capstan, 1, DEPTH_TOKENS).step_s)

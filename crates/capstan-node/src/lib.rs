@@ -7,6 +7,7 @@
 //! | [`config`], [`error`] | what it is told, and why it does not start |
 //! | `identity`, `files` | its key; small files that are there whole or not at all |
 //! | `endpoint`, `frames` | QUIC by key; messages on a stream |
+//! | `raft_link`, `agreement` | the replicated state's messages; what this node does about it |
 //! | `membership`, `view` | who is in the cluster; how the others are |
 //! | `control_client`, `control_server` | calls to other nodes, and answers |
 //! | `deployments`, `blueprint`, `coordinator`, `cutter` | load and place; bring up, wire, mend; shards for others |
@@ -23,6 +24,7 @@
 //! | `measuring` | what this machine and its links reach, measured while nothing runs |
 //! | `throttle` | progress that is reported only so often |
 
+mod agreement;
 mod arrival;
 mod blueprint;
 mod buffers;
@@ -45,6 +47,7 @@ mod membership;
 mod moving;
 pub mod node;
 mod placing;
+mod raft_link;
 mod rehearsal;
 mod requests;
 mod runs;

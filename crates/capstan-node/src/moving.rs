@@ -57,7 +57,8 @@ pub(crate) async fn move_loop(shared: Arc<Shared>) {
             let rows_per_s = rows.saturating_sub(seen.rows) as f64 / watched_for.as_secs_f64();
             if let Some((because, back)) = worth(&shared, &one, rows_per_s).await {
                 watched.remove(&one.status.id);
-                move_one(&shared, one, because, back).await;
+                // The log has said why not.
+                move_one(&shared, one, because, back).await.ok();
             }
         }
     }
@@ -87,6 +88,41 @@ async fn worth(shared: &Arc<Shared>, one: &Movable, rows_per_s: f64) -> Option<(
     Some((because, LoadRequest { layers, nodes: vec![], ..one.request.clone() }))
 }
 
+/// Moves what is coordinated here away from a node. Returns what could not be moved, and why.
+pub(crate) async fn away_from(shared: &Arc<Shared>, node: NodeId) -> Vec<String> {
+    let name = shared.membership.name_of(node);
+    let movable = shared.deployments.movable();
+    let mut trouble = Vec::new();
+    for d in shared.deployments.list() {
+        if !d.stages.iter().any(|s| s.node == node) {
+            continue;
+        }
+        let Some(one) = movable.iter().find(|m| m.status.id == d.id).cloned() else {
+            trouble.push(format!(
+                "model {} was placed by hand, with a stage on {name}; load it again with other --nodes or --layers",
+                d.name
+            ));
+            continue;
+        };
+        let held: Vec<(NodeId, u64)> = d.stages.iter().map(|s| (s.node, s.memory_bytes)).collect();
+        let fleet = Fleet::of(shared).with_free(&held).without(node);
+        let layers = |stages: &[StagePlan]| stages.iter().map(|s| (s.node_name.clone(), s.layers)).collect();
+        let Some(then) = placing::again(shared, &one, fleet).await else {
+            trouble.push(format!("model {} does not fit the nodes without {name}; unload it, or add a node", d.name));
+            continue;
+        };
+        let now: Vec<_> = d.stages.iter().map(|s| (s.node_name.clone(), s.layers)).collect();
+        let back = LoadRequest { layers: now, nodes: vec![], ..one.request.clone() };
+        // By hand from now on: left to the planner it might go back.
+        let request = LoadRequest { layers: layers(then.stages()), nodes: vec![], ..one.request.clone() };
+        if let Err(reason) = move_one(shared, Movable { request, ..one }, format!("node {name} is drained"), back).await
+        {
+            trouble.push(format!("model {} could not be moved: {reason}", d.name));
+        }
+    }
+    trouble
+}
+
 /// How long the model does not answer: shards that a node does not have are sent, then every stage reads its own.
 fn reload_s(fleet: &Fleet, profile: &ModelProfile, now: &[StagePlan], then: &Placement) -> f64 {
     let bytes = |s: &StagePlan| -> f64 {
@@ -100,18 +136,19 @@ fn reload_s(fleet: &Fleet, profile: &ModelProfile, now: &[StagePlan], then: &Pla
     START_S + read + sent / rate
 }
 
-async fn move_one(shared: &Arc<Shared>, one: Movable, because: String, back: LoadRequest) {
+/// Loads a model anew elsewhere, or where it was if that does not work.
+async fn move_one(shared: &Arc<Shared>, one: Movable, because: String, back: LoadRequest) -> Result<(), String> {
     tracing::info!(model = one.status.name, because, "the model is loaded anew elsewhere");
     if let Err(error) = shared.deployments.unload(one.status.id).await {
         tracing::warn!(model = one.status.name, %error, "the model could not be moved");
-        return;
+        return Err(error.message);
     }
-    if let Err(reason) = load(shared, one.request, format!("moved by itself: {because}")).await {
-        tracing::warn!(model = one.status.name, reason, "the model could not be loaded elsewhere; it goes back");
-        if let Err(reason) = load(shared, back, format!("it could not be moved: {reason}")).await {
-            tracing::error!(model = one.status.name, reason, "the model could not be loaded where it was, either");
-        }
+    let Err(reason) = load(shared, one.request, format!("moved by itself: {because}")).await else { return Ok(()) };
+    tracing::warn!(model = one.status.name, reason, "the model could not be loaded elsewhere; it goes back");
+    if let Err(reason) = load(shared, back, format!("it could not be moved: {reason}")).await {
+        tracing::error!(model = one.status.name, reason, "the model could not be loaded where it was, either");
     }
+    Err(reason)
 }
 
 async fn load(shared: &Arc<Shared>, request: LoadRequest, remark: String) -> Result<(), String> {

@@ -18,11 +18,13 @@ use crate::{ClusterId, DeploymentId, Epoch, NodeId, limits};
 /// ALPN between members of a cluster.
 pub const CONTROL_ALPN: &[u8] = b"capstan/control/1";
 /// ALPN by which a node that holds a ticket asks to become a member.
-pub const JOIN_ALPN: &[u8] = b"capstan/join/1";
+pub const JOIN_ALPN: &[u8] = b"capstan/join/2";
+/// ALPN of the messages about the replicated state, between members.
+pub const RAFT_ALPN: &[u8] = b"capstan/raft/1";
 /// Oldest control protocol that this build speaks.
-pub const CONTROL_VERSION_MIN: u32 = 3;
+pub const CONTROL_VERSION_MIN: u32 = 4;
 /// Newest control protocol that this build speaks.
-pub const CONTROL_VERSION_MAX: u32 = 3;
+pub const CONTROL_VERSION_MAX: u32 = 4;
 /// Largest [`Hello`] frame: it is read before anything is known of the other side.
 pub const HELLO_BYTES_MAX: usize = 1024;
 /// Largest request to join: it is read from a stranger. [`ADDRS_MAX`] addresses take less than a tenth of it.
@@ -46,6 +48,10 @@ pub const MADE_UP_HEADER_BYTES_MAX: usize = limits::MESSAGE_BYTES_MAX - (1 << 20
 pub const MADE_UP_FILE_BYTES_MAX: u64 = 16 << 40;
 /// Close code of a connection that its key does not entitle to.
 pub const CLOSE_NOT_A_MEMBER: u32 = 403;
+/// Close code of a connection of a key that was removed from the cluster.
+pub const CLOSE_REMOVED: u32 = 410;
+/// Close code of a connection that came before its node knew who is a member now.
+pub const CLOSE_NOT_YET: u32 = 503;
 /// Close code of a connection whose sides share no version, or that broke the protocol.
 pub const CLOSE_PROTOCOL: u32 = 400;
 
@@ -189,8 +195,6 @@ impl DeploymentList {
 pub struct Gossip {
     /// The cluster meant.
     pub cluster: ClusterId,
-    /// All entries of the member list.
-    pub members: Vec<Member>,
     /// How the sender is.
     pub node: NodeStatus,
     /// What the sender coordinates.
@@ -200,10 +204,6 @@ pub struct Gossip {
 impl Gossip {
     /// Refuses what exceeds a bound.
     pub fn check(&self) -> Result<(), OutOfBounds> {
-        if self.members.len() > ENTRIES_MAX {
-            return Err(OutOfBounds("the number of members"));
-        }
-        self.members.iter().try_for_each(Member::check)?;
         if self.node.devices.len() > 64 || self.node.addrs.len() > ADDRS_MAX {
             return Err(OutOfBounds("the number of devices"));
         }
@@ -365,14 +365,21 @@ pub enum Request {
         /// Bytes after the answer.
         down_bytes: u32,
     },
-    /// I leave. Answered by [`Done`].
-    Leave(Box<Member>),
     /// Stop serving a model that you coordinate. Answered by [`UnloadReply`].
     Unload {
         /// The deployment.
         deployment: DeploymentId,
     },
+    /// Move the stages that you coordinate away from a node. Answered by [`DrainReply`] when that is done.
+    Drain {
+        /// The node.
+        node: NodeId,
+    },
 }
+
+/// What could not be moved, in sentences.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DrainReply(pub Vec<String>);
 
 /// The answer to a request that asks for nothing back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -404,6 +411,8 @@ pub struct Join {
     pub addrs: Vec<SocketAddr>,
     /// Version of capstan it runs.
     pub version: String,
+    /// Grows from one request of this node to the next; the same when a request is made again.
+    pub attempt: u64,
 }
 
 impl Join {
@@ -426,7 +435,9 @@ pub enum JoinReply {
     Welcome {
         /// The cluster.
         cluster: ClusterId,
-        /// All entries, the new one included.
+        /// Which of the new member's lives there begins.
+        life: u64,
+        /// All members, the new one included.
         members: Vec<Member>,
     },
     /// It is not.

@@ -113,6 +113,12 @@ pub enum Command {
     /// Show nodes, devices, memory, models, stages and their health
     #[command(after_help = cluster::STATUS_EXAMPLES)]
     Status,
+    /// Show the nodes: who is online, who votes
+    #[command(after_help = cluster::NODES_EXAMPLES)]
+    Nodes,
+    /// Take a node out of the cluster
+    #[command(subcommand, after_help = cluster::NODE_EXAMPLES)]
+    Node(cluster::NodeCommand),
     /// Make another join ticket
     #[command(after_help = cluster::TICKET_EXAMPLES)]
     Ticket(cluster::TicketArgs),

@@ -57,6 +57,8 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
             Command::Daemon(_) => daemon::run(&config, None).await,
             Command::Join(args) => cluster::join(&config, &args, json).await,
             Command::Status => cluster::status(&config, json).await,
+            Command::Nodes => cluster::nodes(&config, json).await,
+            Command::Node(command) => cluster::node(&config, &command, json).await,
             Command::Ticket(args) => cluster::ticket(&config, &args, json).await,
             Command::Leave => cluster::leave(&config, json).await,
             Command::Load(args) => models::load(&config, &args, json).await,
