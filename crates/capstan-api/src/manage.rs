@@ -37,6 +37,11 @@ struct Join {
     ticket: String,
 }
 
+#[derive(Deserialize)]
+struct Named {
+    name: String,
+}
+
 pub(crate) fn routes(app: &App) -> Router<App> {
     Router::new()
         .route("/status", get(status))
@@ -45,6 +50,8 @@ pub(crate) fn routes(app: &App) -> Router<App> {
         .route("/ticket", post(ticket))
         .route("/join", post(join))
         .route("/leave", post(leave))
+        .route("/nodes/remove", post(remove_node))
+        .route("/nodes/drain", post(drain_node))
         .route("/stop", post(stop))
         .merge(keys::routes())
         .merge(pair::routes())
@@ -114,3 +121,12 @@ async fn stop(
     }
     Ok(Json(json!({"stopped": true})))
 }
+
+async fn remove_node(State(app): State<App>, JsonBody(body): JsonBody<Named>) -> Result<Json<ClusterStatus>, ApiError> {
+    Ok(Json(app.service.remove_node(body.name).await?))
+}
+
+async fn drain_node(State(app): State<App>, JsonBody(body): JsonBody<Named>) -> Result<Json<ClusterStatus>, ApiError> {
+    Ok(Json(app.service.drain_node(body.name).await?))
+}
+

@@ -4,10 +4,11 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use capstan_proto::control::{self, CONTROL_ALPN, Hello, Request};
+use capstan_proto::control::{self, CLOSE_REMOVED, Hello, Request};
 use capstan_proto::{NodeId, limits};
 use iroh::Endpoint;
 use iroh::endpoint::{Connection, ConnectionError, RecvStream, SendStream, VarInt};
+use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::time::timeout;
 
@@ -29,14 +30,31 @@ pub(crate) struct ControlClient {
     endpoint: Endpoint,
     membership: Arc<Membership>,
     speaks: Hello,
+    /// What is spoken on these connections.
+    alpn: &'static [u8],
     slots: Mutex<HashMap<NodeId, Slot>>,
+    /// Nodes that are being dialled by themselves, see [`Self::stand`].
+    dialling: Mutex<HashSet<NodeId>>,
     /// Nodes that share no version with this one, so that each is told of once.
     parted: Mutex<HashSet<NodeId>>,
 }
 
+/// What one node asks of another.
+pub(crate) trait Asked: Serialize + Sync {
+    /// The version of the control protocol that brought it.
+    fn since(&self) -> u32;
+}
+
+impl Asked for Request {
+    fn since(&self) -> u32 {
+        Request::since(self)
+    }
+}
+
 impl ControlClient {
-    pub(crate) fn new(endpoint: Endpoint, membership: Arc<Membership>, speaks: Hello) -> Self {
-        Self { endpoint, membership, speaks, slots: Mutex::default(), parted: Mutex::default() }
+    pub(crate) fn new(endpoint: Endpoint, membership: Arc<Membership>, speaks: Hello, alpn: &'static [u8]) -> Self {
+        let (slots, dialling, parted) = Default::default();
+        Self { endpoint, membership, speaks, alpn, slots, dialling, parted }
     }
 
     fn slot(&self, node: NodeId) -> Slot {
@@ -52,7 +70,7 @@ impl ControlClient {
         if let Some(kept) = kept.as_ref().filter(|(c, _)| c.close_reason().is_none()) {
             return Ok(kept.clone());
         }
-        let fresh = connect(&self.endpoint, &self.speaks, node, &member.name, &member.addrs, CONTROL_ALPN).await;
+        let fresh = connect(&self.endpoint, &self.speaks, node, &member.name, &member.addrs, self.alpn).await;
         self.note_version(node, &member.name, fresh.as_ref().err());
         *kept = Some(fresh?);
         // It was put there the line before.
@@ -73,8 +91,33 @@ impl ControlClient {
         }
     }
 
+    /// Has a connection to a member made, if none stands. Whoever gives up waiting does not stop it, so that the next
+    /// caller, who has as little patience, finds one.
+    pub(crate) async fn stand(self: &Arc<Self>, node: NodeId) -> Result<(), CallError> {
+        let slot = self.slot(node);
+        if slot.try_lock().is_ok_and(|kept| kept.as_ref().is_some_and(|(c, _)| c.close_reason().is_none())) {
+            return Ok(());
+        }
+        if !self.dialling.lock().unwrap_or_else(PoisonError::into_inner).insert(node) {
+            let (node, reason) = (self.membership.name_of(node), "it is being dialled".to_owned());
+            return Err(CallError::Unreachable { node, reason });
+        }
+        let client = self.clone();
+        let dial = tokio::spawn(async move {
+            let made = client.connection(node).await;
+            client.dialling.lock().unwrap_or_else(PoisonError::into_inner).remove(&node);
+            made.map(|_| ())
+        });
+        let lost = |e: tokio::task::JoinError| CallError::Lost { node: node.short(), reason: e.to_string() };
+        dial.await.map_err(lost)?
+    }
+
     /// Opens a stream to a member and sends a request on it, unless the member's build is too old for it.
-    pub(crate) async fn open(&self, to: NodeId, request: &Request) -> Result<(SendStream, RecvStream), CallError> {
+    pub(crate) async fn open(
+        &self,
+        to: NodeId,
+        request: &impl Asked,
+    ) -> Result<(SendStream, RecvStream), CallError> {
         let name = self.membership.name_of(to);
         let lost = |reason: String| CallError::Lost { node: name.clone(), reason };
         let (connection, agreed) = self.connection(to).await?;
@@ -97,7 +140,7 @@ impl ControlClient {
     pub(crate) async fn call<T: DeserializeOwned>(
         &self,
         to: NodeId,
-        request: &Request,
+        request: &impl Asked,
         limit: Duration,
     ) -> Result<T, CallError> {
         let name = self.membership.name_of(to);
@@ -145,6 +188,9 @@ pub(crate) async fn connect(
         let connection = endpoint.connect(addr, alpn).await.map_err(|e| unreachable(e.to_string()))?;
         // The other side may close at once when it does not know our key: its reason is what the user must see.
         let refused = |c: &Connection, e: String| match c.close_reason() {
+            Some(ConnectionError::ApplicationClosed(close)) if close.error_code == VarInt::from_u32(CLOSE_REMOVED) => {
+                CallError::Removed { node: name.to_owned() }
+            }
             Some(ConnectionError::ApplicationClosed(close)) => CallError::Refused {
                 node: name.to_owned(),
                 reason: String::from_utf8_lossy(&close.reason).chars().take(500).collect(),

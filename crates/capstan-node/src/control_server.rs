@@ -2,12 +2,12 @@
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use capstan_cluster::MemberState;
 use capstan_proto::control::{
-    self, CLOSE_NOT_A_MEMBER, CLOSE_PROTOCOL, Done, Hello, Join, JoinReply, MEASURE_BYTES, Request, StageOrder,
-    UnloadReply, clip,
+    self, CLOSE_NOT_A_MEMBER, CLOSE_NOT_YET, CLOSE_PROTOCOL, CLOSE_REMOVED, Done, DrainReply, Hello, Join, JoinReply,
+    MEASURE_BYTES, Request, StageOrder, UnloadReply, clip,
 };
 use capstan_proto::limits::{DECODE_SLOWDOWN_PERCENT_MAX, DECODE_SLOWDOWN_PERCENT_MIN};
+use capstan_proto::manage::ManageError;
 use capstan_proto::{NodeId, limits};
 use iroh::endpoint::{Connection, RecvStream, SendStream, VarInt};
 use iroh::protocol::{AcceptError, ProtocolHandler};
@@ -16,11 +16,13 @@ use tokio::time::timeout;
 
 use crate::endpoint::node_id;
 use crate::frames::{self, FrameError};
+use crate::membership::{Admitted, not_made};
 use crate::node::Shared;
-use crate::{assembling, generate, session};
+use crate::raft_link::REMOVED;
+use crate::{assembling, generate, moving, session};
 
 /// How long a peer may take for its hello, and a stranger for its request to join.
-const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
+pub(crate) const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a member may take to measure a link.
 const MEASURE_TIMEOUT: Duration = Duration::from_secs(20);
 /// Strangers served at once: joining takes milliseconds, and guessing a 128-bit secret must not take the machine.
@@ -55,7 +57,7 @@ impl std::fmt::Debug for JoinProtocol {
     }
 }
 
-fn close(connection: &Connection, code: u32, reason: &str) {
+pub(crate) fn close(connection: &Connection, code: u32, reason: &str) {
     connection.close(VarInt::from_u32(code), reason.as_bytes());
 }
 
@@ -86,6 +88,16 @@ impl ProtocolHandler for ControlProtocol {
     async fn accept(&self, connection: Connection) -> Result<(), AcceptError> {
         let Some(shared) = self.0.upgrade() else { return Ok(()) };
         let from = node_id(connection.remote_id());
+        if shared.membership.is_removed(from) {
+            tracing::info!(node = %from.short(), "a node that was removed was refused");
+            close(&connection, CLOSE_REMOVED, REMOVED);
+            return Ok(());
+        }
+        if !shared.membership.is_current() {
+            const WHY: &str = "it has just started and asks the others who is in the cluster now";
+            close(&connection, CLOSE_NOT_YET, WHY);
+            return Ok(());
+        }
         if !shared.membership.is_member(from) {
             tracing::info!(node = %from.short(), "a node that is no member was refused");
             close(
@@ -165,17 +177,6 @@ async fn serve(
             shared.view.put_list(*list);
             reply(&mut send, &Done).await
         }
-        Request::Leave(entry) => {
-            if entry.id != from || entry.state != MemberState::Left || entry.check().is_err() {
-                return refused("a node can only leave by itself");
-            }
-            tracing::info!(node = entry.name, "a node has left the cluster");
-            reply(&mut send, &Done).await?;
-            // The answer has to arrive before the connection is closed.
-            timeout(Duration::from_secs(1), send.stopped()).await.ok();
-            shared.merge_members(vec![*entry]);
-            Ok(())
-        }
         Request::Wire { up_bytes, down_bytes } => {
             if up_bytes > MEASURE_BYTES || down_bytes > MEASURE_BYTES {
                 return refused("more bytes than a measurement sends");
@@ -188,6 +189,10 @@ async fn serve(
                 Ok(())
             };
             timeout(MEASURE_TIMEOUT, exchange).await.unwrap_or_else(|_| refused("a measurement took too long"))
+        }
+        Request::Drain { node } => {
+            let trouble = moving::away_from(&shared, node).await.into_iter().map(clip).collect();
+            reply(&mut send, &DrainReply(trouble)).await
         }
         Request::Unload { deployment } => {
             let result = shared.deployments.unload(deployment).await;
@@ -284,16 +289,17 @@ async fn welcome(shared: &Arc<Shared>, from: NodeId, connection: &Connection) ->
     let join: Join = frames::expect(&mut recv, control::JOIN_REQUEST_BYTES_MAX).await?;
     let answer = match join.check() {
         Err(error) => JoinReply::Refused { status: 400, message: error.to_string() },
-        Ok(()) => match shared.membership.admit(from, join) {
-            Ok((entry, members)) => {
+        Ok(()) => match shared.membership.redeem(from, join).await {
+            Ok(Admitted { entry, life, members }) => {
                 tracing::info!(node = entry.name, key = %from.short(), "a node has joined");
                 shared.members_changed();
                 let cluster = shared.membership.cluster();
-                JoinReply::Welcome { cluster, members }
+                JoinReply::Welcome { cluster, life, members }
             }
             Err(error) => {
                 tracing::info!(key = %from.short(), %error, "a node was not let in");
-                JoinReply::Refused { status: error.status(), message: error.to_string() }
+                let ManageError { status, message } = not_made(error);
+                JoinReply::Refused { status, message }
             }
         },
     };

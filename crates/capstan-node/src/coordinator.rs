@@ -19,6 +19,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
+use capstan_cluster::Seat;
 use capstan_planner::{Placement, StagePlan};
 use capstan_proto::child::{ChildStats, PeerAddr, StageInfo, WindowIo, Wiring};
 use capstan_proto::control::{StageCommand, StageEvent, StageFile, StageOrder, clip};
@@ -28,6 +29,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
+use crate::agreement::{self, NotPlaced};
 use crate::arrival::FileSource;
 use crate::blueprint::Blueprint;
 use crate::coordinator::cuts::{Cut, Supply};
@@ -64,10 +66,14 @@ pub(crate) enum Message {
     Cut(u64, usize, StageFile, Result<Cut, String>),
     /// Bytes of a shard that is being cut.
     Cutting(u64, usize, u64, u64),
-    /// Where the layers could go without the nodes that are away.
+    /// Where the layers could go now. The number tells the questions apart.
     Planned(u64, Result<Placement, String>),
+    /// The cluster has agreed on the placement of this layout under this epoch, or has not.
+    Placed(u64, Result<Epoch, NotPlaced>),
     /// A node is no member any more.
     MemberLeft(NodeId),
+    /// Move the stages away from a node; answer when the model answers without it, or say why not.
+    Vacate(NodeId, oneshot::Sender<Result<(), String>>),
     /// End the deployment; answer when it is gone.
     Unload(oneshot::Sender<()>),
 }
@@ -125,6 +131,8 @@ pub(crate) struct Coordinator {
     blueprint: Blueprint,
     stages: Vec<Stage>,
     epoch: Epoch,
+    /// An epoch was asked for.
+    placing: bool,
     health: Health,
     detail: String,
     inbox: mpsc::Receiver<Message>,
@@ -165,6 +173,7 @@ impl Coordinator {
             shared,
             stages,
             epoch: Epoch(0),
+            placing: false,
             health: if initial { Health::Loading } else { Health::Recovering },
             detail: if initial {
                 blueprint.remark.clone()
@@ -196,7 +205,7 @@ impl Coordinator {
         self.publish();
         loop {
             let looks = self.displacing.look_at();
-            let due = self.stages.iter().filter_map(|s| s.retry_at).chain(self.rewire_at).chain(looks).min();
+            let due = self.stages.iter().filter_map(|s| s.retry_at).chain(self.rewire_at).fold(looks, Instant::min);
             let outcome = tokio::select! {
                 // The inbox never closes: the coordinator holds a sender itself.
                 message = self.inbox.recv() => match message {
@@ -209,7 +218,7 @@ impl Coordinator {
                     Some(message) => self.handle(message),
                     None => return,
                 },
-                () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => self.tick(),
+                () = sleep_until(due) => self.tick(),
                 () = stop.cancelled() => return,
             };
             if let Err(failure) = outcome {
@@ -260,6 +269,8 @@ impl Coordinator {
                 }
             }
             Message::Planned(layout, result) => self.planned(layout, result),
+            Message::Vacate(node, done) => self.vacate(node, done),
+            Message::Placed(layout, placed) => self.placed(layout, placed)?,
             Message::MemberLeft(node) => {
                 if let Some(i) = self.stages.iter().position(|s| s.plan.node == node) {
                     let stage = self.name_stage(i);
@@ -441,7 +452,7 @@ impl Coordinator {
 
     fn tick(&mut self) -> Result<(), String> {
         let now = Instant::now();
-        if self.displacing.look_at().is_some_and(|t| t <= now) {
+        if self.displacing.look_at() <= now {
             self.look_after_nodes()?;
         }
         for i in 0..self.stages.len() {
@@ -476,9 +487,50 @@ impl Coordinator {
         Ok(())
     }
 
-    /// Gives every stage its place in the ring, under a new epoch.
+    /// Asks the cluster for the next epoch: only a placement that it has agreed on gets one.
     fn wire(&mut self) {
-        self.epoch = self.epoch.next();
+        if std::mem::replace(&mut self.placing, true) {
+            return;
+        }
+        let seats = self.stages.iter().map(|s| Seat { node: s.plan.node, layers: s.plan.layers }).collect();
+        let (shared, outbox, id, epoch) = (self.shared.clone(), self.outbox.clone(), self.blueprint.id, self.epoch);
+        let layout = self.displacing.layout;
+        tokio::spawn(async move {
+            let placed = agreement::place(&shared, id, epoch, seats).await;
+            outbox.send(Message::Placed(layout, placed)).await.ok();
+        });
+    }
+
+    fn placed(&mut self, layout: u64, placed: Result<Epoch, NotPlaced>) -> Result<(), String> {
+        self.placing = false;
+        match placed {
+            // The layers have gone elsewhere since it was asked for; the next epoch follows on this one.
+            Ok(epoch) if layout != self.displacing.layout => {
+                self.epoch = epoch;
+                if self.stages.iter().all(|s| s.loaded.is_some()) {
+                    self.wire();
+                }
+                Ok(())
+            }
+            Ok(epoch) => {
+                self.epoch = epoch;
+                // A stage that went away meanwhile asks for another epoch when it is back.
+                if self.stages.iter().all(|s| s.loaded.is_some()) {
+                    self.connect();
+                }
+                Ok(())
+            }
+            Err(NotPlaced::ForNow(why)) if !self.initial => {
+                self.trouble(why);
+                self.rewire_at = Some(Instant::now() + AWAY_RETRY);
+                Ok(())
+            }
+            Err(NotPlaced::ForNow(why) | NotPlaced::ForGood(why)) => Err(why),
+        }
+    }
+
+    /// Gives every stage its place in the ring, under the new epoch.
+    fn connect(&mut self) {
         self.mending = false;
         let n = self.stages.len();
         let addr = |i: usize| (n > 1).then(|| self.stages[i % n].loaded.as_ref().map(|(a, _)| a.clone())).flatten();
@@ -509,6 +561,7 @@ impl Coordinator {
         if first {
             self.shared.deployments.keep(&self.blueprint);
         }
+        self.vacated();
         if let Some(progress) = self.progress.take() {
             let (shared, deployment) = (self.shared.clone(), self.status());
             tokio::spawn(async move {

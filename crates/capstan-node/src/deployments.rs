@@ -197,6 +197,22 @@ impl Deployments {
         }
     }
 
+    /// The placement of this deployment is not the planner's to change any more.
+    pub(crate) fn pin(&self, id: DeploymentId) {
+        if let Some(entry) = self.entries().get_mut(&id) {
+            entry.asked = None;
+        }
+    }
+
+    /// Has a deployment's stages moved away from a node, and waits until it answers without it.
+    pub(crate) async fn vacate(&self, id: DeploymentId, node: NodeId) -> Result<(), String> {
+        const GONE: &str = "it was unloaded meanwhile";
+        let outbox = self.entries().get(&id).and_then(|entry| entry.outbox.clone()).ok_or(GONE)?;
+        let (done, moved) = oneshot::channel();
+        outbox.send(Message::Vacate(node, done)).await.map_err(|_| GONE)?;
+        moved.await.unwrap_or_else(|_| Err(GONE.to_owned()))
+    }
+
     /// Ends a deployment and waits until it is gone.
     pub(crate) async fn unload(&self, id: DeploymentId) -> Result<(), ManageError> {
         let outbox = match self.entries().get(&id) {
@@ -425,7 +441,8 @@ fn launch(
 ) -> Result<(), ManageError> {
     let id = blueprint.id;
     let status = blueprint.status_before(shared.id);
-    let asked = blueprint.request.clone().map(|request| (blueprint.model.clone(), request));
+    let movable = blueprint.request.clone().filter(|_| blueprint.choice == Choice::Planner);
+    let asked = movable.map(|request| (blueprint.model.clone(), request));
     let (coordinator, outbox) = Coordinator::new(shared.clone(), blueprint, progress);
     {
         // Checked again under the lock: two loads by the same name may have come at once.

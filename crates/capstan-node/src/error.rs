@@ -42,6 +42,9 @@ pub enum NodeError {
     /// Its store of shards cannot be used.
     #[error(transparent)]
     Store(#[from] capstan_store::StoreError),
+    /// The log of the cluster's state cannot be used.
+    #[error("{0}")]
+    Agreement(String),
     /// A name no one could type.
     #[error(transparent)]
     Name(#[from] capstan_cluster::MemberError),
@@ -76,6 +79,12 @@ pub enum CallError {
         node: String,
         /// What it says.
         reason: String,
+    },
+    /// The other side's cluster has removed this node.
+    #[error("node {node} says that this node was removed from the cluster, for good")]
+    Removed {
+        /// Its name.
+        node: String,
     },
     /// No common version.
     #[error(transparent)]

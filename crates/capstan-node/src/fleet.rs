@@ -51,6 +51,12 @@ impl Fleet {
         self.with_pipeline(profile, placement, &Sizes::of(profile), (0, 0, 1), of)
     }
 
+    /// The same without a node that is to be left.
+    pub(crate) fn without(mut self, node: NodeId) -> Self {
+        self.0.retain(|n| n.id != node);
+        self
+    }
+
     /// What each has free, and how long it takes for this model's layers if it was measured: for a row, or for as many as
     /// decode at once on each where many are to be answered.
     pub(crate) fn nodes(&self, profile: &ModelProfile, objective: Objective, slots: u32) -> Vec<NodeResources> {

@@ -7,6 +7,7 @@
 //! | [`config`], [`error`] | what it is told, and why it does not start |
 //! | `identity`, `files` | its key; small files that are there whole or not at all |
 //! | `endpoint`, `frames` | QUIC by key; messages on a stream |
+//! | `raft_link`, `agreement` | the replicated state's messages; what this node does about it |
 //! | `membership`, `view` | who is in the cluster; how the others are |
 //! | `keys` | the cluster's API keys, by their hashes |
 //! | `pairing`, `nearby` | a short code instead of a ticket; how the machine that shows it is found |
@@ -30,6 +31,7 @@
 //! | `measuring` | what this machine and its links reach, measured while nothing runs |
 //! | `throttle` | progress that is reported only so often |
 
+mod agreement;
 mod arrival;
 mod assembling;
 mod blueprint;
@@ -62,6 +64,7 @@ mod plan_pull;
 mod pull_source;
 mod pulling;
 mod pulse;
+mod raft_link;
 mod rehearsal;
 mod replicas;
 mod requests;

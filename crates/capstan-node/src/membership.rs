@@ -1,15 +1,38 @@
-//! Who is in the cluster, kept on disk and in step with what other nodes tell.
+//! Who is in the cluster, as this node knows it: the replicated state as far as it has come here, and until it has come,
+//! what the node that let this one in said.
+//!
+//! Changes go through the log ([`Replica`]) and so need a majority of the voters; reading needs nobody.
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
-use std::path::PathBuf;
-use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use capstan_cluster::{Change, Detector, Member, MemberError, Members, Ticket, TicketBook, TicketError};
+use capstan_cluster::raft::{ProposeError, RaftId, Replica, Settings, Standing, Store, Transport};
+use capstan_cluster::state::FIRST_LIFE;
+use capstan_cluster::ticket::hash_of;
+use capstan_cluster::{
+    Change, Command, Detector, Member, Members, Newcomer, Proposal, Refusal, Response, State, Ticket, TicketBook,
+    TicketError, Voucher,
+};
+use capstan_proto::control::Join;
+use capstan_proto::manage::ManageError;
 use capstan_proto::{ClusterId, NodeId};
 use serde::{Deserialize, Serialize};
+use tokio::time::{sleep, timeout};
 
 use crate::error::NodeError;
 use crate::files;
+
+/// How long a change may take: two elections of up to three seconds, and the change.
+const PROPOSE_LIMIT: Duration = Duration::from_secs(8);
+/// How long a change that was made may take to come here as well.
+const ARRIVE_LIMIT: Duration = Duration::from_secs(2);
+/// How long a voter may be away before another takes its place: a reboot.
+const PRESENT_MS: u64 = 120_000;
+/// How long a daemon that ends may still hold the file of the log.
+const BUSY_LIMIT: Duration = Duration::from_secs(3);
 
 /// Milliseconds since 1970.
 pub(crate) fn now_ms() -> u64 {
@@ -21,6 +44,7 @@ pub(crate) fn now_s() -> u64 {
     now_ms() / 1000
 }
 
+/// `cluster.json`: where the log is, and what is known without it.
 #[derive(Clone, Serialize, Deserialize)]
 struct Saved {
     cluster: ClusterId,
@@ -28,70 +52,143 @@ struct Saved {
     name: String,
     /// As a list: JSON has no keys other than text.
     members: Vec<Member>,
+    /// Of a cluster without a log.
+    #[serde(default)]
     tickets: TicketBook,
+    /// Which of this node's lives in the cluster; 0 in files of a capstan that had no log.
+    #[serde(default)]
+    life: u64,
+    /// Whether this node begins the log.
+    #[serde(default)]
+    founder: bool,
+    /// Whether the log has been begun here. Without it this node has forgotten what it promised to others.
+    #[serde(default)]
+    log: bool,
 }
 
-struct State {
-    cluster: ClusterId,
-    name: String,
-    members: Members,
-    tickets: TicketBook,
+struct Seat {
+    saved: Saved,
+    /// The saved members, in use until the log has told who they are.
+    seed: Members,
+    replica: Option<Arc<Replica>>,
     detector: Detector,
+    /// Who was heard in the time that a voter may be away.
+    present: Detector,
+    since: Instant,
+    /// A name that was asked for at the start and is not this node's yet.
+    rename: bool,
 }
 
 /// Who is in the cluster.
 pub(crate) struct Membership {
     id: NodeId,
     version: String,
-    path: PathBuf,
-    state: Mutex<State>,
+    dir: PathBuf,
+    /// Whether a majority has told, since this node started, who is a member now. Before that it serves nobody: a node
+    /// that was removed meanwhile must not find the one door that does not know.
+    current: AtomicBool,
+    seat: Mutex<Seat>,
 }
 
 impl Membership {
-    /// Takes up what was saved, or makes a cluster of one.
+    /// Takes up what was saved, or makes a cluster of one. Its log is not open yet.
     pub(crate) fn open(
-        data_dir: &std::path::Path,
+        data_dir: &Path,
         id: NodeId,
         name: Option<String>,
         addrs: Vec<SocketAddr>,
         version: &str,
     ) -> Result<Self, NodeError> {
-        let path = data_dir.join("cluster.json");
-        let saved = files::read_json::<Saved>(&path)?;
-        let mut state = State {
-            cluster: saved.as_ref().map_or_else(new_cluster, |s| s.cluster),
-            name: name.or_else(|| saved.as_ref().map(|s| s.name.clone())).unwrap_or_else(crate::identity::machine_name),
-            members: Members::default(),
-            tickets: saved.as_ref().map(|s| s.tickets.clone()).unwrap_or_default(),
-            detector: Detector::default(),
+        let asked = name.is_some();
+        let mut saved = match files::read_json::<Saved>(&data_dir.join("cluster.json"))? {
+            Some(saved) => saved,
+            None => alone(name.clone().unwrap_or_else(crate::identity::machine_name)),
         };
-        state.members.merge(saved.into_iter().flat_map(|s| s.members));
-        let own = (state.name.clone(), version.to_owned());
-        let command = match state.members.get(id) {
-            Some(_) => Change::Refresh { id, name: own.0, addrs, version: own.1 },
-            None => Change::Admit { id, name: own.0, addrs, version: own.1 },
+        if let Some(name) = name {
+            saved.name = name;
+        }
+        let mut seed = Members::default();
+        seed.merge(std::mem::take(&mut saved.members));
+        if seed.get(id).is_none() {
+            let (name, version) = (saved.name.clone(), version.to_owned());
+            seed.apply(Change::Admit { id, name, addrs, version }, now_ms())?;
+        }
+        if saved.life == 0 {
+            // A folder of before the log. All who saved the same members agree who begins: the smallest key.
+            saved.life = FIRST_LIFE;
+            saved.founder = seed.active().map(|m| m.id).min() == Some(id);
+        }
+        let membership = Self {
+            id,
+            version: version.to_owned(),
+            dir: data_dir.to_owned(),
+            current: AtomicBool::new(false),
+            seat: Mutex::new(Seat {
+                saved,
+                seed,
+                replica: None,
+                detector: Detector::default(),
+                present: Detector::new(PRESENT_MS),
+                since: Instant::now(),
+                rename: asked,
+            }),
         };
-        state.members.apply(command, now_ms())?;
-        let membership = Self { id, version: version.to_owned(), path, state: Mutex::new(state) };
-        membership.save().map_err(|source| NodeError::DataDir { path: membership.path.clone(), source })?;
+        membership.save().map_err(|source| NodeError::DataDir { path: data_dir.join("cluster.json"), source })?;
         Ok(membership)
     }
 
+    /// Opens the log and takes part; a founder makes it. What was there of other logs goes.
+    pub(crate) async fn take_part(&self, transport: Arc<dyn Transport>) -> Result<Arc<Replica>, NodeError> {
+        let saved = self.seat().saved.clone();
+        let dir = self.dir.join("raft");
+        let io = |source| NodeError::DataDir { path: dir.clone(), source };
+        std::fs::create_dir_all(&dir).map_err(io)?;
+        let path = dir.join(format!("{}-{}.redb", saved.cluster.short(), saved.life));
+        for entry in std::fs::read_dir(&dir).map_err(io)?.flatten() {
+            if entry.path() != path {
+                std::fs::remove_file(entry.path()).ok();
+            }
+        }
+        if saved.log && !path.exists() {
+            return Err(NodeError::Agreement(format!(
+                "the log of the cluster's state is missing ({}); put it back, or move cluster.json away and join again",
+                path.display()
+            )));
+        }
+        let begun = Instant::now();
+        let store = loop {
+            match Store::open(&path, saved.cluster) {
+                // A daemon that is about to end may hold it.
+                Err(error) if error.is_busy() && begun.elapsed() < BUSY_LIMIT => sleep(Duration::from_millis(20)).await,
+                other => break other.map_err(|e| NodeError::Agreement(e.to_string()))?,
+            }
+        };
+        self.seat().saved.log = true;
+        self.save().map_err(|source| NodeError::DataDir { path: path.clone(), source })?;
+        let agreement = |e: &dyn std::fmt::Display| NodeError::Agreement(e.to_string());
+        let id = RaftId { node: self.id, life: saved.life };
+        let replica = Replica::start(id, store, transport, Settings::default(), None).await;
+        let replica = Arc::new(replica.map_err(|e| agreement(&e))?);
+        if saved.founder && replica.state().cluster().is_none() {
+            let members = self.seat().seed.entries().cloned().collect();
+            let command = Command::Found { cluster: saved.cluster, members, tickets: saved.tickets };
+            let first = Proposal { by: self.id, at_ms: now_ms(), command };
+            replica.found(first, PROPOSE_LIMIT).await.map_err(|e| agreement(&e))?;
+        }
+        self.seat().replica = Some(replica.clone());
+        Ok(replica)
+    }
+
     // A panic elsewhere cannot leave the state half-changed: every change is one assignment or one pure call.
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn seat(&self) -> MutexGuard<'_, Seat> {
+        self.seat.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn save(&self) -> std::io::Result<()> {
         // Written under the lock, so that two changes cannot be saved in the wrong order. The file is small.
-        let state = self.state();
-        let saved = Saved {
-            cluster: state.cluster,
-            name: state.name.clone(),
-            members: state.members.entries().cloned().collect(),
-            tickets: state.tickets.clone(),
-        };
-        files::write_json(&self.path, &saved)
+        let seat = self.seat();
+        let saved = Saved { members: seat.seed.entries().cloned().collect(), ..seat.saved.clone() };
+        files::write_json(&self.dir.join("cluster.json"), &saved)
     }
 
     fn save_or_warn(&self) {
@@ -100,16 +197,33 @@ impl Membership {
         }
     }
 
+    /// This node's copy of the state; none in the moments between two clusters.
+    pub(crate) fn replica(&self) -> Option<Arc<Replica>> {
+        self.seat().replica.clone()
+    }
+
+    /// The state, once the log has told it.
+    pub(crate) fn state(&self) -> Option<Arc<State>> {
+        Some(self.replica()?.state()).filter(|s| s.cluster().is_some())
+    }
+
+    fn read<T>(&self, read: impl FnOnce(&Members) -> T) -> T {
+        match self.state() {
+            Some(state) => read(state.members()),
+            None => read(&self.seat().seed),
+        }
+    }
+
     pub(crate) fn cluster(&self) -> ClusterId {
-        self.state().cluster
+        self.seat().saved.cluster
     }
 
     pub(crate) fn name(&self) -> String {
-        self.get(self.id).map(|m| m.name).unwrap_or_default()
+        self.get(self.id).map_or_else(|| self.seat().saved.name.clone(), |m| m.name)
     }
 
     pub(crate) fn get(&self, id: NodeId) -> Option<Member> {
-        self.state().members.get(id).cloned()
+        self.read(|m| m.get(id).cloned())
     }
 
     /// The name of a member, or the first digits of its key.
@@ -118,60 +232,173 @@ impl Membership {
     }
 
     pub(crate) fn find(&self, name_or_id: &str) -> Option<Member> {
-        self.state().members.find(name_or_id).cloned()
+        self.read(|m| m.find(name_or_id).cloned())
     }
 
     pub(crate) fn is_member(&self, id: NodeId) -> bool {
-        self.state().members.get(id).is_some()
+        self.read(|m| m.get(id).is_some())
+    }
+
+    /// Whether a key is out for good.
+    pub(crate) fn is_removed(&self, id: NodeId) -> bool {
+        self.state().is_some_and(|s| s.removed(id).is_some())
+    }
+
+    /// Whether a node may speak about the log: a member, or a leader whom a member named and of whom the log will tell.
+    pub(crate) fn may_speak(&self, id: NodeId) -> bool {
+        let introduced = || self.replica().is_some_and(|r| r.was_introduced(id));
+        !self.is_removed(id) && (self.is_member(id) || introduced())
+    }
+
+    /// Whether this node knows who is a member now.
+    pub(crate) fn is_current(&self) -> bool {
+        self.current.load(Ordering::Relaxed)
+    }
+
+    /// Asks until a majority has told who is a member now.
+    pub(crate) async fn become_current(&self) {
+        while !self.is_current() {
+            let others: Vec<NodeId> = self.others().iter().map(|m| m.id).collect();
+            match self.replica() {
+                Some(replica) if replica.confirm(PROPOSE_LIMIT, &others).await => {
+                    self.current.store(true, Ordering::Relaxed);
+                }
+                _ => sleep(Duration::from_millis(100)).await,
+            }
+        }
     }
 
     /// Active members other than this node.
     pub(crate) fn others(&self) -> Vec<Member> {
-        self.state().members.active().filter(|m| m.id != self.id).cloned().collect()
-    }
-
-    /// All entries, to be told to others.
-    pub(crate) fn entries(&self) -> Vec<Member> {
-        self.state().members.entries().cloned().collect()
+        self.read(|m| m.active().filter(|m| m.id != self.id).cloned().collect())
     }
 
     pub(crate) fn heard(&self, id: NodeId) {
-        self.state().detector.heard(id, now_ms());
+        let mut seat = self.seat();
+        seat.detector.heard(id, now_ms());
+        seat.present.heard(id, now_ms());
     }
 
     pub(crate) fn forget_heard(&self, id: NodeId) {
-        self.state().detector.forget(id);
+        self.seat().detector.forget(id);
     }
 
     pub(crate) fn online(&self, id: NodeId) -> bool {
-        id == self.id || self.state().detector.online(id, now_ms())
+        id == self.id || self.seat().detector.online(id, now_ms())
     }
 
     /// Whether a node stopped answering without a goodbye.
     pub(crate) fn fell_silent(&self, id: NodeId) -> bool {
-        self.state().detector.fell_silent(id, now_ms())
+        self.seat().detector.fell_silent(id, now_ms())
     }
 
-    /// Takes over what another member knows better. Returns whether anything changed.
-    pub(crate) fn merge(&self, entries: Vec<Member>) -> bool {
+    /// The members that were there lately, so that a reboot costs no vote.
+    pub(crate) fn present(&self) -> BTreeSet<NodeId> {
+        let others = self.others();
+        let seat = self.seat();
+        // Soon after the start nobody was heard yet.
+        let early = seat.since.elapsed() < Duration::from_millis(PRESENT_MS);
+        let voters = seat.replica.as_ref().map(|r| r.standing().voters).unwrap_or_default();
+        let there = |id: &NodeId| seat.present.online(*id, now_ms()) || (early && voters.contains(id));
+        others.iter().map(|m| m.id).filter(there).chain([self.id]).collect()
+    }
+
+    /// Who votes, and who leads.
+    pub(crate) fn standing(&self) -> Standing {
+        self.replica().map(|r| r.standing()).unwrap_or_default()
+    }
+
+    /// Why nothing can be changed; none while a majority is there.
+    pub(crate) fn why_not(&self) -> Option<String> {
+        let replica = self.replica()?;
+        (!replica.has_majority()).then(|| self.explain(&replica.standing()))
+    }
+
+    fn explain(&self, standing: &Standing) -> String {
+        standing.why_not(|id| self.online(id), |id| self.name_of(id))
+    }
+
+    /// Asks for a change and waits until it is made.
+    pub(crate) async fn propose(&self, command: Command) -> Result<Response, ProposeError> {
+        let Some(replica) = self.replica() else { return Err(ProposeError::Stopped("it is stopping".into())) };
+        let proposal = Proposal { by: self.id, at_ms: now_ms(), command };
+        replica.propose(proposal, PROPOSE_LIMIT, |standing, _| self.explain(standing)).await
+    }
+
+    /// Waits a moment until what was changed is known here as well.
+    async fn arrives(&self, is_there: impl Fn(&State) -> bool) {
+        let Some(replica) = self.replica() else { return };
+        timeout(ARRIVE_LIMIT, replica.changes().wait_for(|a| is_there(&a.state))).await.ok();
+    }
+
+    /// Issues a ticket for this cluster.
+    pub(crate) async fn issue(
+        &self,
+        ttl_s: u64,
+        reusable: bool,
+        addrs: Vec<SocketAddr>,
+    ) -> Result<Ticket, ProposeError> {
+        let (cluster, expires_unix_s) = (self.cluster(), now_s().saturating_add(ttl_s));
+        let ticket = Ticket { cluster, inviter: self.id, addrs, secret: rand::random(), expires_unix_s, reusable };
+        self.propose(Command::Issue { hash: hash_of(&ticket.secret), expires_unix_s, reusable }).await?;
+        Ok(ticket)
+    }
+
+    /// Lets a node in by a ticket. See [`Self::admit`].
+    pub(crate) async fn redeem(&self, id: NodeId, join: Join) -> Result<Admitted, ProposeError> {
+        if join.cluster != self.cluster() {
+            return Err(Refusal::from(TicketError::WrongCluster).into());
+        }
+        let voucher = Voucher::Ticket(hash_of(&join.secret));
+        let node = Newcomer { id, name: join.name, addrs: join.addrs, version: join.version };
+        self.admit(node, voucher, join.attempt).await
+    }
+
+    /// Lets a node in, and gives what it should know.
+    pub(crate) async fn admit(&self, node: Newcomer, voucher: Voucher, attempt: u64) -> Result<Admitted, ProposeError> {
+        let id = node.id;
+        let Response::Admitted { entry, life } = self.propose(Command::Admit { node, voucher, attempt }).await? else {
+            return Err(ProposeError::Stopped("the log answered something else".into()));
+        };
+        self.arrives(|s| s.life(id) == Some(life)).await;
+        self.heard(id);
+        let members = self.read(|m| m.active().filter(|m| m.id != id).cloned().chain([entry.clone()]).collect());
+        Ok(Admitted { entry, life, members })
+    }
+
+    /// Takes a member out for good.
+    pub(crate) async fn remove(&self, id: NodeId) -> Result<(), ProposeError> {
+        self.propose(Command::Remove(id)).await?;
+        self.arrives(|s| s.removed(id).is_some()).await;
+        Ok(())
+    }
+
+    /// Tells the cluster where this node is dialled now, what it runs, and the name it would like, if that is news.
+    pub(crate) async fn refresh(&self, addrs: Vec<SocketAddr>) {
+        let Some(own) = self.state().and_then(|s| s.members().get(self.id).cloned()) else { return };
+        let (wanted, rename) = {
+            let seat = self.seat();
+            (seat.saved.name.clone(), seat.rename)
+        };
+        // A name that was taken has got a number.
+        let renamed = rename && own.name != wanted && !own.name.starts_with(&format!("{wanted}-"));
+        if (own.addrs == addrs && own.version == self.version && !renamed) || self.why_not().is_some() {
+            return;
+        }
+        let name = if renamed { wanted } else { own.name };
+        let node = Newcomer { id: self.id, name, addrs, version: self.version.clone() };
+        match self.propose(Command::Refresh(node)).await {
+            Ok(_) => self.seat().rename = false,
+            Err(error) => tracing::debug!(%error, "the cluster could not be told where this node is"),
+        }
+    }
+
+    /// Notes the members as the log has them, for the next start. Returns whether they are others than before.
+    pub(crate) fn remember(&self, state: &State) -> bool {
         let changed = {
-            let mut state = self.state();
-            let mut changed = state.members.merge(entries);
-            if state.members.must_rename(self.id)
-                && let Some(own) = state.members.get(self.id).cloned()
-            {
-                // Two inviters may have given the same name at the same time; the larger key gives way.
-                let base = own.name.clone();
-                let name = (2..1000)
-                    .map(|n| format!("{base}-{n}"))
-                    .find(|name| state.members.find(name).is_none())
-                    .unwrap_or_else(|| self.id.short());
-                let command = Change::Refresh { id: self.id, name, addrs: own.addrs, version: own.version };
-                if let Err(error) = state.members.apply(command, now_ms()) {
-                    tracing::warn!(%error, "this node's name is not unique");
-                }
-                changed = true;
-            }
+            let mut seat = self.seat();
+            let changed = seat.seed != *state.members();
+            seat.seed = state.members().clone();
             changed
         };
         if changed {
@@ -180,129 +407,88 @@ impl Membership {
         changed
     }
 
-    /// Notes that this node is dialled elsewhere now. Returns whether that is news.
-    pub(crate) fn set_own_addrs(&self, addrs: Vec<SocketAddr>) -> bool {
-        let changed = {
-            let mut state = self.state();
-            match state.members.get(self.id).cloned() {
-                Some(own) if own.addrs != addrs => {
-                    let command = Change::Refresh { id: self.id, name: own.name, addrs, version: self.version.clone() };
-                    state.members.apply(command, now_ms()).is_ok()
-                }
-                _ => false,
-            }
-        };
-        if changed {
-            self.save_or_warn();
+    /// Tells the cluster that this node leaves.
+    pub(crate) async fn say_goodbye(&self) -> Result<(), ProposeError> {
+        let life = self.seat().saved.life;
+        self.propose(Command::Leave { life }).await.map(|_| ())
+    }
+
+    /// Becomes a member of another cluster, as a member of it says. Returns the old one's replica, which has to be ended.
+    pub(crate) fn enter(&self, cluster: ClusterId, life: u64, members: Vec<Member>) -> Option<Arc<Replica>> {
+        let name = self.seat().saved.name.clone();
+        self.change(Saved { cluster, name, members, tickets: TicketBook::default(), life, founder: false, log: false })
+    }
+
+    /// Becomes the only member of a new cluster. Returns the old one's replica, which has to be ended.
+    pub(crate) fn be_alone(&self, addrs: Vec<SocketAddr>) -> Option<Arc<Replica>> {
+        let name = self.seat().saved.name.clone();
+        let mut members = Members::default();
+        let change = Change::Admit { id: self.id, name: name.clone(), addrs, version: self.version.clone() };
+        if let Err(error) = members.apply(change, now_ms()) {
+            tracing::error!(%error, "this node has no name");
         }
-        changed
+        self.change(Saved { members: members.entries().cloned().collect(), ..alone(name) })
     }
 
-    /// Issues a ticket for this cluster.
-    pub(crate) fn issue(&self, ttl_s: u64, reusable: bool) -> Result<Ticket, TicketError> {
-        let now = now_s();
-        let ticket = {
-            let mut state = self.state();
-            let ticket = Ticket {
-                cluster: state.cluster,
-                inviter: self.id,
-                addrs: state.members.get(self.id).map(|m| m.addrs.clone()).unwrap_or_default(),
-                secret: rand::random(),
-                expires_unix_s: now.saturating_add(ttl_s),
-                reusable,
-            };
-            state.tickets.issue(&ticket, now)?;
-            ticket
-        };
-        self.save_or_warn();
-        Ok(ticket)
-    }
-
-    /// Lets a node in by a ticket, and gives the entries it should know.
-    pub(crate) fn admit(
-        &self,
-        id: NodeId,
-        join: capstan_proto::control::Join,
-    ) -> Result<(Member, Vec<Member>), AdmitError> {
-        let result = {
-            let mut state = self.state();
-            if join.cluster != state.cluster {
-                return Err(TicketError::WrongCluster.into());
-            }
-            // Whether there is room is asked first, so that a full cluster does not use the ticket up.
-            state.members.clone().apply(
-                Change::Admit { id, name: join.name.clone(), addrs: join.addrs.clone(), version: join.version.clone() },
-                now_ms(),
-            )?;
-            let is_member = state.members.get(id).is_some();
-            state.tickets.redeem(&join.secret, id, is_member, now_s())?;
-            let command = Change::Admit { id, name: join.name, addrs: join.addrs, version: join.version };
-            let entry = state.members.apply(command, now_ms())?;
-            state.detector.heard(id, now_ms());
-            (entry, state.members.entries().cloned().collect())
+    fn change(&self, mut saved: Saved) -> Option<Arc<Replica>> {
+        let old = {
+            let mut seat = self.seat();
+            seat.seed = Members::default();
+            seat.seed.merge(std::mem::take(&mut saved.members));
+            seat.saved = saved;
+            seat.detector = Detector::default();
+            seat.present = Detector::new(PRESENT_MS);
+            seat.since = Instant::now();
+            seat.rename = false;
+            seat.replica.take()
         };
         self.save_or_warn();
-        Ok(result)
+        // Who has just come in was told by a majority; who is alone is one.
+        self.current.store(true, Ordering::Relaxed);
+        old
     }
 
-    /// Becomes a member of another cluster, as its inviter says.
-    pub(crate) fn enter(&self, cluster: ClusterId, members: Vec<Member>) {
-        {
-            let mut state = self.state();
-            state.cluster = cluster;
-            state.members = Members::default();
-            state.members.merge(members);
-            state.tickets = TicketBook::default();
-            state.detector = Detector::default();
+    /// Ends the part in the log, in order.
+    pub(crate) async fn close(&self) {
+        let replica = self.seat().replica.take();
+        if let Some(replica) = replica {
+            replica.stop().await;
         }
-        self.save_or_warn();
-    }
-
-    /// The entry that tells the others that this node leaves. Nothing has changed here yet.
-    pub(crate) fn leaving(&self) -> Result<Member, MemberError> {
-        self.state().members.clone().apply(Change::Leave { id: self.id }, now_ms())
-    }
-
-    /// Leaves, into a new cluster of one.
-    pub(crate) fn leave(&self) -> Result<(), MemberError> {
-        {
-            let mut state = self.state();
-            let own = state.members.get(self.id).cloned().ok_or(MemberError::NotAMember(self.id))?;
-            state.cluster = new_cluster();
-            state.members = Members::default();
-            state.tickets = TicketBook::default();
-            state.detector = Detector::default();
-            let command =
-                Change::Admit { id: self.id, name: state.name.clone(), addrs: own.addrs, version: own.version };
-            state.members.apply(command, now_ms())?;
-        }
-        self.save_or_warn();
-        Ok(())
     }
 }
 
-fn new_cluster() -> ClusterId {
-    ClusterId(rand::random())
+/// What a node that was let in should know.
+pub(crate) struct Admitted {
+    pub(crate) entry: Member,
+    pub(crate) life: u64,
+    pub(crate) members: Vec<Member>,
 }
 
-/// Why a node was not let in.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum AdmitError {
-    #[error(transparent)]
-    Ticket(#[from] TicketError),
-    #[error(transparent)]
-    Member(#[from] MemberError),
-}
-
-impl AdmitError {
-    /// The HTTP status that says what kind of error it is.
-    pub(crate) fn status(&self) -> u16 {
-        match self {
-            Self::Ticket(TicketError::Damaged(_)) => 400,
-            Self::Ticket(TicketError::Expired { .. } | TicketError::Used | TicketError::Unknown) => 410,
-            Self::Ticket(TicketError::WrongCluster | TicketError::TooMany) => 409,
-            Self::Member(MemberError::BadName(_)) => 400,
-            Self::Member(_) => 409,
-        }
+fn alone(name: String) -> Saved {
+    let cluster = ClusterId(rand::random());
+    Saved {
+        cluster,
+        name,
+        members: vec![],
+        tickets: TicketBook::default(),
+        life: FIRST_LIFE,
+        founder: true,
+        log: false,
     }
+}
+
+/// What a change that was not made is over HTTP.
+pub(crate) fn not_made(error: ProposeError) -> ManageError {
+    let status = match &error {
+        ProposeError::Refused(refusal) => match refusal {
+            Refusal::Ticket(TicketError::Damaged(_)) => 400,
+            Refusal::Ticket(TicketError::WrongCluster | TicketError::TooMany) => 409,
+            Refusal::Ticket(_) | Refusal::Removed { .. } => 410,
+            Refusal::Member(capstan_cluster::MemberError::BadName(_)) | Refusal::OutOfBounds(_) => 400,
+            _ => 409,
+        },
+        ProposeError::NoMajority { .. } => 503,
+        ProposeError::Stopped(_) => 500,
+    };
+    ManageError::new(status, error.to_string())
 }

@@ -84,6 +84,20 @@ async fn worth(shared: &Arc<Shared>, one: &Movable, rows_per_s: f64) -> Option<(
     Some((because, LoadRequest { layers, nodes: vec![], ..one.request.clone() }))
 }
 
+/// Moves what is coordinated here away from a node, while requests wait. Returns what could not be moved, and why.
+pub(crate) async fn away_from(shared: &Arc<Shared>, node: NodeId) -> Vec<String> {
+    let on_it = |d: &DeploymentStatus| d.stages.iter().any(|s| s.node == node);
+    let there: Vec<_> = shared.deployments.list().into_iter().filter(on_it).collect();
+    let mut trouble = Vec::new();
+    // One after the other: the planner counts with what is free then.
+    for d in there {
+        if let Err(why) = shared.deployments.vacate(d.id, node).await {
+            trouble.push(format!("model {} stays: {why}", d.name));
+        }
+    }
+    trouble
+}
+
 /// How long the model does not answer: shards that a node does not have are sent, then every stage reads its own.
 fn reload_s(fleet: &Fleet, profile: &ModelProfile, now: &[StagePlan], then: &Placement) -> f64 {
     let bytes = |s: &StagePlan| -> f64 {
@@ -97,17 +111,17 @@ fn reload_s(fleet: &Fleet, profile: &ModelProfile, now: &[StagePlan], then: &Pla
     START_S + read + sent / rate
 }
 
+/// Loads a model anew elsewhere, or where it was if that does not work.
 async fn move_one(shared: &Arc<Shared>, one: Movable, because: String, back: LoadRequest) {
     tracing::info!(model = one.status.name, because, "the model is loaded anew elsewhere");
     if let Err(error) = shared.deployments.unload(one.status.id).await {
         tracing::warn!(model = one.status.name, %error, "the model could not be moved");
         return;
     }
-    if let Err(reason) = load(shared, one.request, format!("moved by itself: {because}")).await {
-        tracing::warn!(model = one.status.name, reason, "the model could not be loaded elsewhere; it goes back");
-        if let Err(reason) = load(shared, back, format!("it could not be moved: {reason}")).await {
-            tracing::error!(model = one.status.name, reason, "the model could not be loaded where it was, either");
-        }
+    let Err(reason) = load(shared, one.request, format!("moved by itself: {because}")).await else { return };
+    tracing::warn!(model = one.status.name, reason, "the model could not be loaded elsewhere; it goes back");
+    if let Err(reason) = load(shared, back, format!("it could not be moved: {reason}")).await {
+        tracing::error!(model = one.status.name, reason, "the model could not be loaded where it was, either");
     }
 }
 

@@ -1,12 +1,13 @@
 //! The daemon as a library: what a node is made of, how it starts and how it stops.
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use capstan_cluster::Member;
-use capstan_proto::control::{CLOSE_NOT_A_MEMBER, CONTROL_ALPN, Done, Gossip, JOIN_ALPN, Request};
+use capstan_proto::control::{
+    CLOSE_NOT_A_MEMBER, CLOSE_REMOVED, CONTROL_ALPN, Done, Gossip, JOIN_ALPN, RAFT_ALPN, Request,
+};
 use capstan_proto::manage::{ClusterStatus, DeploymentStatus, NodeStatus};
 use capstan_proto::pairing::PAIR_ALPN;
 use capstan_proto::{ClusterId, NodeId};
@@ -20,6 +21,7 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::agreement;
 use crate::assembling::Assemblies;
 use crate::catalogue::Models;
 use crate::config::NodeConfig;
@@ -37,6 +39,7 @@ use crate::membership::Membership;
 use crate::moving;
 use crate::pairing::{PairProtocol, Pairing};
 use crate::pulling::{self, Pulls};
+use crate::raft_link::{REMOVED, RaftProtocol};
 use crate::rehearsal::Rehearsals;
 use crate::replicas;
 use crate::stages::StageHost;
@@ -99,7 +102,9 @@ pub(crate) struct Shared {
     pub(crate) membership: Arc<Membership>,
     pub(crate) keys: KeyRing,
     pub(crate) pairing: Pairing,
-    pub(crate) client: ControlClient,
+    pub(crate) client: Arc<ControlClient>,
+    /// Connections for the messages of the log.
+    pub(crate) raft_client: Arc<ControlClient>,
     pub(crate) connections: Connections,
     pub(crate) view: View,
     pub(crate) store: Store,
@@ -115,7 +120,7 @@ pub(crate) struct Shared {
     pub(crate) deployments: Deployments,
     /// Something changed that every member should hear of now.
     pub(crate) deployments_changed: Notify,
-    poll_now: Notify,
+    pub(crate) poll_now: Notify,
     /// Ends the stages that run here for the cluster of the moment.
     stages_stop: Mutex<CancellationToken>,
     /// Joining and leaving exclude each other.
@@ -147,6 +152,7 @@ impl Shared {
             devices: self.machine.devices(),
             profile: self.machine.profile(),
             links: self.view.links(),
+            votes: self.membership.standing().voters.contains(&self.id),
         }
     }
 
@@ -154,7 +160,6 @@ impl Shared {
     pub(crate) fn gossip(&self) -> Gossip {
         Gossip {
             cluster: self.membership.cluster(),
-            members: self.membership.entries(),
             node: self.own_status(),
             deployments: self.deployments.stamped(self.id),
         }
@@ -172,23 +177,21 @@ impl Shared {
         self.membership.heard(from);
         self.view.put_node(gossip.node);
         self.view.put_list(gossip.deployments);
-        self.merge_members(gossip.members);
-    }
-
-    /// Takes in entries of the member list, and cuts off who is no member any more.
-    pub(crate) fn merge_members(&self, entries: Vec<Member>) {
-        if self.membership.merge(entries) {
-            self.members_changed();
-        }
     }
 
     /// Acts on a changed member list.
     pub(crate) fn members_changed(&self) {
         const GONE: &str = "it has left the cluster";
-        self.connections.close(CLOSE_NOT_A_MEMBER, GONE, |node| self.membership.is_member(node));
-        for node in self.client.known() {
+        let membership = &self.membership;
+        self.connections.close(CLOSE_REMOVED, REMOVED, |node| !membership.is_removed(node));
+        self.connections.close(CLOSE_NOT_A_MEMBER, GONE, |node| membership.may_speak(node));
+        let known: HashSet<NodeId> = self.client.known().into_iter().chain(self.raft_client.known()).collect();
+        for node in known {
             if !self.membership.is_member(node) {
-                self.client.forget(node, CLOSE_NOT_A_MEMBER, GONE);
+                let (code, why) =
+                    if membership.is_removed(node) { (CLOSE_REMOVED, REMOVED) } else { (CLOSE_NOT_A_MEMBER, GONE) };
+                self.client.forget(node, code, why);
+                self.raft_client.forget(node, code, why);
                 self.view.forget(node);
                 self.membership.forget_heard(node);
                 self.deployments.member_left(node);
@@ -207,6 +210,7 @@ impl Shared {
 
     /// The cluster as this node sees it.
     pub(crate) fn cluster_status(&self) -> ClusterStatus {
+        let standing = self.membership.standing();
         let mut nodes = vec![self.own_status()];
         for member in self.membership.others() {
             let (status, rtt_us) = self.view.node(member.id);
@@ -224,6 +228,7 @@ impl Shared {
                 devices: vec![],
                 profile: None,
                 links: vec![],
+                votes: false,
             });
             nodes.push(NodeStatus {
                 name: member.name,
@@ -231,6 +236,7 @@ impl Shared {
                 addrs: member.addrs,
                 online,
                 is_self: false,
+                votes: standing.voters.contains(&member.id),
                 rtt_us: rtt_us.filter(|_| online),
                 ..known
             });
@@ -240,6 +246,7 @@ impl Shared {
             version: self.build.into(),
             nodes,
             deployments: self.all_deployments(),
+            agreement: agreement::describe(self, &standing),
         }
     }
 
@@ -305,8 +312,10 @@ impl Shared {
     pub(crate) fn alone_again(&self) {
         const LEFT: &str = "this node has left the cluster";
         self.connections.close(CLOSE_NOT_A_MEMBER, LEFT, |_| false);
-        for node in self.client.known() {
-            self.client.forget(node, CLOSE_NOT_A_MEMBER, LEFT);
+        for client in [&self.client, &self.raft_client] {
+            for node in client.known() {
+                client.forget(node, CLOSE_NOT_A_MEMBER, LEFT);
+            }
         }
         self.view.clear();
     }
@@ -334,8 +343,12 @@ impl Node {
         let endpoint = endpoint::bind(key, config.bind_addr, &config.data_dir).await?;
         let addrs = endpoint::addrs(&endpoint);
         let membership = Arc::new(Membership::open(&config.data_dir, id, config.name.clone(), addrs, build)?);
+        let client = |alpn| {
+            Arc::new(ControlClient::new(endpoint.clone(), membership.clone(), config.speaks.clone(), alpn))
+        };
         let shared = Arc::new(Shared {
-            client: ControlClient::new(endpoint.clone(), membership.clone(), config.speaks.clone()),
+            client: client(CONTROL_ALPN),
+            raft_client: client(RAFT_ALPN),
             keys: KeyRing::open(&config.data_dir, membership.clone())?,
             pairing: Pairing::default(),
             machine: Arc::new(Machine::new(config.memory_limit_bytes, config.gpu_layers)),
@@ -369,14 +382,17 @@ impl Node {
         if let Some(profile) = measuring::known(&shared.config.data_dir) {
             shared.machine.set_profile(profile);
         }
+        agreement::take_part(&shared).await?;
         // Before others can ask: a node must not say that it serves nothing while it only has not looked yet.
         let resumed = tokio::spawn(until_stopped(shared.clone(), deployments::resume(shared.clone())));
         if timeout(RESUME_WAIT, resumed).await.is_err() {
             tracing::warn!("models of before the start take long to open; they come back later");
         }
-        let may_fetch = move |peer: iroh::EndpointId| membership.is_member(endpoint::node_id(peer));
+        let may_fetch =
+            move |peer: iroh::EndpointId| membership.is_current() && membership.is_member(endpoint::node_id(peer));
         let router = Router::builder(endpoint)
             .accept(CONTROL_ALPN, ControlProtocol(Arc::downgrade(&shared)))
+            .accept(RAFT_ALPN, RaftProtocol::new(Arc::downgrade(&shared)))
             .accept(JOIN_ALPN, JoinProtocol::new(Arc::downgrade(&shared)))
             .accept(PAIR_ALPN, PairProtocol::new(Arc::downgrade(&shared)))
             .accept(capstan_store::BLOBS_ALPN, store.protocol(may_fetch))
@@ -387,6 +403,10 @@ impl Node {
             addrs = ?endpoint::addrs(&shared.endpoint),
             "the node is up"
         );
+        tokio::spawn(until_stopped(shared.clone(), agreement::become_current(shared.clone())));
+        tokio::spawn(until_stopped(shared.clone(), agreement::keep_loop(shared.clone())));
+        tokio::spawn(until_stopped(shared.clone(), agreement::refresh_loop(shared.clone())));
+        tokio::spawn(close_when_stopped(shared.clone()));
         tokio::spawn(until_stopped(shared.clone(), poll_loop(shared.clone())));
         tokio::spawn(until_stopped(shared.clone(), push_loop(shared.clone())));
         tokio::spawn(until_stopped(shared.clone(), list_devices(shared.clone())));
@@ -459,9 +479,12 @@ impl Node {
         self.shared.stop.cancel();
         const STOPPING: &str = "its daemon was stopped";
         self.shared.connections.close(CLOSE_STOPPING, STOPPING, |_| false);
-        for node in self.shared.client.known() {
-            self.shared.client.forget(node, CLOSE_STOPPING, STOPPING);
+        for client in [&self.shared.client, &self.shared.raft_client] {
+            for node in client.known() {
+                client.forget(node, CLOSE_STOPPING, STOPPING);
+            }
         }
+        self.shared.membership.close().await;
         if timeout(CLOSE_TIMEOUT, self.router.shutdown()).await.is_err() {
             tracing::debug!("some connections did not end in time");
         }
@@ -478,7 +501,13 @@ impl Drop for Node {
     }
 }
 
-async fn until_stopped(shared: Arc<Shared>, task: impl Future<Output = ()>) {
+/// A node that is dropped without a goodbye lets its log go as well.
+async fn close_when_stopped(shared: Arc<Shared>) {
+    shared.stop.cancelled().await;
+    shared.membership.close().await;
+}
+
+pub(crate) async fn until_stopped(shared: Arc<Shared>, task: impl Future<Output = ()>) {
     tokio::select! {
         () = task => {}
         () = shared.stop.cancelled() => {}
@@ -495,8 +524,9 @@ async fn poll_loop(shared: Arc<Shared>) {
             _ = ticks.tick() => {}
             () = shared.poll_now.notified() => {}
         }
-        // Interfaces come and go; others must know where this node is now.
-        shared.membership.set_own_addrs(endpoint::addrs(&shared.endpoint));
+        if !shared.membership.is_current() {
+            continue;
+        }
         for member in shared.membership.others() {
             if !busy.lock().unwrap_or_else(PoisonError::into_inner).insert(member.id) {
                 continue;
@@ -505,6 +535,9 @@ async fn poll_loop(shared: Arc<Shared>) {
             tokio::spawn(until_stopped(shared.clone(), async move {
                 if let Err(error) = shared.poll(member.id).await {
                     tracing::debug!(node = member.name, %error, "a poll failed");
+                    if matches!(error, CallError::Removed { .. }) {
+                        tokio::spawn(until_stopped(shared.clone(), agreement::put_out(shared.clone())));
+                    }
                     // A daemon that says goodbye, or is not there, is offline now and not in three seconds.
                     if matches!(error, CallError::Refused { .. } | CallError::Lost { .. }) {
                         shared.membership.forget_heard(member.id);

@@ -29,7 +29,7 @@ use crate::control_client::connect;
 use crate::control_server::hello;
 use crate::endpoint::{self, node_id};
 use crate::frames::{self, FrameError};
-use crate::membership::{now_ms, now_s};
+use crate::membership::{not_made, now_ms, now_s};
 use crate::nearby::{self, Nearby};
 use crate::node::Shared;
 
@@ -371,7 +371,11 @@ async fn pair(
     let right = proof_is(JOINER_PROOF, &key, theirs);
     let ended = shared.pairing.desk().end(&tried, right, now_ms());
     shared.pairing.hush(tried.number());
-    let outcome = match ended.map_err(refused).and_then(|()| issue(shared)) {
+    let ticket = match ended {
+        Ok(()) => issue(shared).await,
+        Err(error) => Err(refused(error)),
+    };
+    let outcome = match ticket {
         Ok(ticket) => {
             tracing::info!(key = %joiner.short(), "a machine knew the pairing code");
             let proof = *proof(MEMBER_PROOF, &key).as_bytes();
@@ -395,6 +399,7 @@ fn refused(error: PairError) -> ManageError {
     ManageError::new(error.status(), error.to_string())
 }
 
-fn issue(shared: &Shared) -> Result<Ticket, ManageError> {
-    shared.membership.issue(TICKET_TTL_S, false).map_err(|e| ManageError::new(409, e.to_string()))
+async fn issue(shared: &Shared) -> Result<Ticket, ManageError> {
+    let addrs = endpoint::addrs(&shared.endpoint);
+    shared.membership.issue(TICKET_TTL_S, false, addrs).await.map_err(not_made)
 }

@@ -41,6 +41,10 @@ pub trait Service: Weights {
     fn check_key(&self, shown: &str) -> Option<(String, KeyScope)>;
     /// Leaves the cluster; the node is alone in a new one afterwards.
     async fn leave(&self) -> Result<(), ManageError>;
+    /// Takes another node out of the cluster for good: its key is refused everywhere from now on.
+    async fn remove_node(&self, name: String) -> Result<ClusterStatus, ManageError>;
+    /// Loads what has a stage on this node anew elsewhere. Returns when that is done.
+    async fn drain_node(&self, name: String) -> Result<ClusterStatus, ManageError>;
     /// Stops the daemon: answers in progress are let finish for a while, then its children end and its peers are told.
     /// Returns when that is done.
     async fn stop(&self);

@@ -1,31 +1,45 @@
 //! A node, as its API and its command line use it.
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use capstan_cluster::Ticket;
-use capstan_proto::control::{self, Done, JOIN_ALPN, Join, JoinReply, Request, UnloadReply};
+use capstan_cluster::raft::ProposeError;
+use capstan_cluster::{Member, Ticket};
+use capstan_proto::control::{self, DrainReply, JOIN_ALPN, Join, JoinReply, Request, UnloadReply};
 use capstan_proto::generate::{GenerateEvent, GenerateRequest, RequestError};
 use capstan_proto::keys::{KeyInfo, KeyScope, NewKey};
-use capstan_proto::manage::{ClusterStatus, LoadEvent, LoadRequest, ManageError, TicketReply};
+use capstan_proto::manage::{ClusterStatus, DeploymentStatus, LoadEvent, LoadRequest, ManageError, TicketReply};
 use capstan_proto::pairing::{NearbyNode, PairingReply};
 use iroh::endpoint::VarInt;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 use crate::control_client::connect;
+use crate::membership::{not_made, now_ms};
 use crate::node::Node;
 use crate::service::Service;
-use crate::{deployments, endpoint, frames, generate, keys, pairing};
+use crate::{agreement, deployments, endpoint, frames, generate, keys, moving, pairing};
 
 /// Longest life of a ticket, in seconds: a month.
 const TICKET_TTL_MAX_S: u64 = 31 * 24 * 3600;
 /// How long the inviter may take to answer.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long a member may take to hear that this node leaves.
-const LEAVE_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long the node that looks after a model may take to end it: its stages have eight seconds, and there is the way.
 const UNLOAD_TIMEOUT: Duration = Duration::from_secs(20);
+
+impl Node {
+    /// The member with this name or key.
+    fn member(&self, name: &str) -> Result<Member, ManageError> {
+        self.shared.membership.find(name).ok_or_else(|| {
+            let name: String = name.chars().take(100).collect();
+            ManageError::new(404, format!("there is no node {name:?} in this cluster; `capstan nodes` lists them"))
+        })
+    }
+}
+
+/// How long another coordinator may take to load its models elsewhere: shards may have to travel.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(3600);
 
 #[async_trait]
 impl Service for Node {
@@ -65,9 +79,8 @@ impl Service for Node {
         if ttl_s == 0 || ttl_s > TICKET_TTL_MAX_S {
             return Err(ManageError::new(400, format!("a ticket lives 1 to {TICKET_TTL_MAX_S} seconds, not {ttl_s}")));
         }
-        // The interfaces may have changed since the last poll.
-        self.shared.membership.set_own_addrs(endpoint::addrs(&self.shared.endpoint));
-        let ticket = self.shared.membership.issue(ttl_s, reusable).map_err(|e| ManageError::new(409, e.to_string()))?;
+        let addrs = endpoint::addrs(&self.shared.endpoint);
+        let ticket = self.shared.membership.issue(ttl_s, reusable, addrs).await.map_err(not_made)?;
         Ok(TicketReply { ticket: ticket.to_string(), expires_unix_s: ticket.expires_unix_s, reusable })
     }
 
@@ -99,6 +112,7 @@ impl Service for Node {
                 name: self.name(),
                 addrs: endpoint::addrs(&shared.endpoint),
                 version: shared.build.into(),
+                attempt: now_ms(),
             };
             frames::write(&mut send, &join, control::JOIN_REQUEST_BYTES_MAX).await?;
             send.finish().ok();
@@ -113,10 +127,10 @@ impl Service for Node {
         match reply {
             JoinReply::Refused { status, message } => {
                 // Only what HTTP has a meaning for; a peer does not choose our status freely.
-                let status = if matches!(status, 400 | 409 | 410) { status } else { 502 };
+                let status = if matches!(status, 400 | 409 | 410 | 503) { status } else { 502 };
                 Err(ManageError::new(status, message))
             }
-            JoinReply::Welcome { cluster, members } => {
+            JoinReply::Welcome { cluster, life, members } => {
                 let us = members.iter().any(|m| m.id == shared.id);
                 if cluster != ticket.cluster || !us || members.iter().any(|m| m.check().is_err()) {
                     return Err(ManageError::new(
@@ -124,7 +138,8 @@ impl Service for Node {
                         "the node that issued the ticket answered nonsense; update capstan there",
                     ));
                 }
-                shared.membership.enter(cluster, members);
+                let old = shared.membership.enter(cluster, life, members);
+                agreement::go_over(shared, old).await.map_err(|e| ManageError::new(500, e.to_string()))?;
                 shared.members_changed();
                 // Whoever asks now for the status sees the others.
                 shared.meet_all().await;
@@ -182,24 +197,52 @@ impl Service for Node {
             return Err(ManageError::new(409, "this node is alone in its cluster; there is nothing to leave"));
         }
         shared.deployments.unload_all().await;
-        let others = shared.membership.others();
-        // The entry is told to the others while they still take this node for a member of theirs.
-        let entry = shared.membership.leaving().map_err(|e| ManageError::new(500, e.to_string()))?;
-        let request = Request::Leave(Box::new(entry));
-        let goodbyes = others.iter().map(|m| {
-            let request = &request;
-            async move {
-                if let Err(error) = shared.client.call::<Done>(m.id, request, LEAVE_TIMEOUT).await {
-                    tracing::debug!(node = m.name, %error, "a member did not hear that this node leaves");
-                }
-            }
-        });
-        futures::future::join_all(goodbyes).await;
-        shared.membership.leave().map_err(|e| ManageError::new(500, e.to_string()))?;
-        shared.end_stages();
-        shared.alone_again();
+        match shared.membership.say_goodbye().await {
+            Ok(()) => {}
+            Err(error @ ProposeError::Refused(_)) => return Err(not_made(error)),
+            // Whoever wants to go is not held back by those who do not answer.
+            Err(error) => tracing::warn!(
+                %error,
+                "the cluster could not be told that this node leaves; remove it there with `capstan node remove`"
+            ),
+        }
+        agreement::be_alone(shared).await.map_err(|e| ManageError::new(500, e.to_string()))?;
         tracing::info!("this node has left its cluster");
         Ok(())
+    }
+
+    async fn remove_node(&self, name: String) -> Result<ClusterStatus, ManageError> {
+        let shared = &self.shared;
+        let member = self.member(&name)?;
+        if member.id == shared.id {
+            let message = "a node cannot remove itself; use `capstan leave`, or remove it from another node";
+            return Err(ManageError::new(409, message));
+        }
+        shared.membership.remove(member.id).await.map_err(not_made)?;
+        shared.members_changed();
+        tracing::info!(node = member.name, key = %member.id.short(), "a node was removed for good");
+        Ok(shared.cluster_status())
+    }
+
+    async fn drain_node(&self, name: String) -> Result<ClusterStatus, ManageError> {
+        let shared = &self.shared;
+        let member = self.member(&name)?;
+        let mut trouble = moving::away_from(shared, member.id).await;
+        let on_it = |d: &&DeploymentStatus| d.stages.iter().any(|s| s.node == member.id);
+        let others = shared.view.deployments();
+        let coordinators: BTreeSet<_> = others.iter().filter(on_it).map(|d| d.coordinator).collect();
+        for coordinator in coordinators {
+            let request = Request::Drain { node: member.id };
+            match shared.client.call(coordinator, &request, DRAIN_TIMEOUT).await {
+                Ok(DrainReply(more)) => trouble.extend(more),
+                Err(error) => trouble.push(error.to_string()),
+            }
+        }
+        if trouble.is_empty() {
+            Ok(shared.cluster_status())
+        } else {
+            Err(ManageError::new(409, format!("node {} still has stages: {}", member.name, trouble.join("; "))))
+        }
     }
 
     async fn stop(&self) {

@@ -8,7 +8,7 @@ use std::time::Duration;
 use capstan_node::config::Moves;
 use capstan_node::{Node, NodeConfig, NodeError, Service};
 use capstan_proto::child::{CHILD_VERSION, ChildStats, FromChild, PeerAddr, StageInfo};
-use capstan_proto::control::{CONTROL_ALPN, Hello};
+use capstan_proto::control::{CLOSE_REMOVED, CONTROL_ALPN, Hello, RAFT_ALPN};
 use capstan_proto::device::{DeviceProfile, Point, TypeCurve};
 use capstan_proto::generate::{ErrorKind, GenerateEvent, GenerateRequest, Prompt};
 use capstan_proto::manage::{Health, LoadEvent, LoadRequest, ManageError};
@@ -93,12 +93,13 @@ async fn outcome(node: &Node, request: LoadRequest) -> Vec<LoadEvent> {
     all
 }
 
-/// A compute child that says these messages, then neither listens nor ends. Each start adds its number to the file.
+/// A compute child that says these messages, then neither listens nor ends. Each start adds its number to the file. What
+/// the second start says may be in `frames.2` instead.
 fn rote_child(dir: &Path, says: &[FromChild]) -> (Vec<std::ffi::OsString>, PathBuf) {
     let (frames, pids) = (dir.join("frames"), dir.join("frames.pids"));
     let bytes = says.iter().flat_map(|m| codec::encode(m, limits::MESSAGE_BYTES_MAX).unwrap()).collect::<Vec<_>>();
     std::fs::write(&frames, bytes).unwrap();
-    let script = r#"case "$1" in --*) exit 1;; esac; echo $$ >> "$0.pids"; cat "$0"; exec sleep 600"#;
+    let script = r#"case "$1" in --*) exit 1;; esac; echo $$ >> "$0.pids"; f="$0.$(wc -l < "$0.pids")"; [ -f "$f" ] || f="$0"; cat "$f"; exec sleep 600"#;
     (vec!["sh".into(), "-c".into(), script.into(), frames.into()], pids)
 }
 
@@ -180,7 +181,7 @@ async fn a_key_that_is_no_member_is_refused() {
         .await
         .unwrap();
     let key = iroh::EndpointId::from_bytes(&a.id().0).unwrap();
-    for alpn in [CONTROL_ALPN, capstan_store::BLOBS_ALPN] {
+    for alpn in [CONTROL_ALPN, RAFT_ALPN, capstan_store::BLOBS_ALPN] {
         let addrs = a.addrs().into_iter().map(iroh::TransportAddr::Ip);
         let addr = iroh::EndpointAddr::from_parts(key, addrs);
         // It may be closed during the handshake already, or right after it.
@@ -208,6 +209,132 @@ async fn a_node_comes_back_to_its_cluster() {
     let b = Node::start(config(dir.path(), "b")).await.unwrap();
     assert_eq!((b.id(), b.cluster(), b.addrs()), (id, cluster, addrs));
     until("both meet again", || async { names(&a).await.len() == 2 && names(&b).await.len() == 2 }).await;
+}
+
+async fn voters(node: &Node) -> usize {
+    node.status().await.nodes.into_iter().filter(|n| n.votes).count()
+}
+
+async fn stop(node: Arc<Node>) {
+    node.stop().await;
+    node.stopped().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_votes_of_two_and_three_of_three() {
+    let (a, _a) = node("a").await;
+    assert_eq!(a.status().await.agreement, "");
+    let (b, _b) = joined(&a, "b").await;
+    until("it learns", || async { b.status().await.agreement.contains("node a votes alone") }).await;
+    assert_eq!(voters(&b).await, 1);
+    let (c, _c) = joined(&b, "c").await;
+    until("all vote", || async { voters(&a).await == 3 && voters(&c).await == 3 }).await;
+    // Whoever goes gives its vote away first.
+    a.leave().await.unwrap();
+    until("one is left", || async { voters(&b).await == 1 && voters(&c).await == 1 }).await;
+    b.ticket(600, false).await.unwrap();
+    c.ticket(600, false).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_restarts_alone_reads_and_says_why_it_changes_nothing() {
+    let (a, a_dir) = node("a").await;
+    let (b, b_dir) = joined(&a, "b").await;
+    let (c, _c) = joined(&a, "c").await;
+    until("all vote", || async { voters(&b).await == 3 && voters(&c).await == 3 }).await;
+    let cluster = a.cluster();
+    stop(a).await;
+    stop(b).await;
+    stop(c).await;
+
+    let b = Node::start(config(b_dir.path(), "b")).await.unwrap();
+    let status = b.status().await;
+    let mut all: Vec<_> = status.nodes.iter().map(|n| n.name.as_str()).collect();
+    all.sort();
+    assert_eq!((all, status.cluster), (vec!["a", "b", "c"], cluster));
+    refused(b.ticket(600, false).await, 503, "2 of 3 voters do not answer");
+    refused(b.remove_node("c".into()).await, 503, "2 must");
+    assert!(b.status().await.agreement.contains("nothing can be changed now"));
+    // With a second one it is a majority.
+    let a = Node::start(config(a_dir.path(), "a")).await.unwrap();
+    until("it may change again", || async { b.ticket(600, false).await.is_ok() }).await;
+    a.ticket(600, false).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_removed_key_is_refused_everywhere_also_by_who_was_away() {
+    let (a, _a) = node("a").await;
+    let (b, b_dir) = joined(&a, "b").await;
+    let (c, c_dir) = joined(&a, "c").await;
+    until("all vote", || async { voters(&a).await == 3 && voters(&b).await == 3 && voters(&c).await == 3 }).await;
+    stop(b).await;
+    refused(a.remove_node("a".into()).await, 409, "capstan leave");
+    refused(a.remove_node("zeta".into()).await, 404, "no node");
+    a.remove_node("c".into()).await.unwrap();
+    assert_eq!(a.status().await.nodes.len(), 2);
+    until("it is alone", || async { c.is_alone() && c.cluster() != a.cluster() }).await;
+    refused(c.join(a.ticket(600, true).await.unwrap().ticket).await, 410, "removed from this cluster");
+
+    // It comes with its key when the one that was away is back.
+    let key = std::fs::read_to_string(c_dir.path().join("node.key")).unwrap();
+    stop(c).await;
+    let b = Node::start(config(b_dir.path(), "b")).await.unwrap();
+    until("it is back", || async { names(&b).await == ["a", "b"] }).await;
+    refused(b.remove_node("c".into()).await, 404, "no node");
+    let key: [u8; 32] = hex::decode(key.trim()).unwrap().try_into().unwrap();
+    let removed = iroh::Endpoint::builder(iroh::endpoint::presets::Minimal)
+        .secret_key(iroh::SecretKey::from_bytes(&key))
+        .relay_mode(iroh::RelayMode::Disabled)
+        .clear_ip_transports()
+        .bind_addr("127.0.0.1:0")
+        .unwrap()
+        .bind()
+        .await
+        .unwrap();
+    for (node, alpn) in [&a, &b].into_iter().flat_map(|n| [(n, CONTROL_ALPN), (n, RAFT_ALPN)]) {
+        let id = iroh::EndpointId::from_bytes(&node.id().0).unwrap();
+        let addrs = node.addrs().into_iter().map(iroh::TransportAddr::Ip);
+        let connection = match removed.connect(iroh::EndpointAddr::from_parts(id, addrs), alpn).await {
+            Ok(connection) => connection,
+            // It was closed during the handshake already.
+            Err(error) => {
+                assert!(format!("{error:?}").contains("was removed"), "{error:?}");
+                continue;
+            }
+        };
+        let iroh::endpoint::ConnectionError::ApplicationClosed(close) = connection.closed().await else {
+            panic!("it was not refused")
+        };
+        assert_eq!(close.error_code, iroh::endpoint::VarInt::from_u32(CLOSE_REMOVED));
+    }
+    removed.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_folder_of_before_the_log_is_taken_up() {
+    let dir = tempfile::tempdir().unwrap();
+    // A key is made first: the file names it.
+    let a = Node::start(config(dir.path(), "a")).await.unwrap();
+    let id = a.id();
+    stop(a).await;
+    std::fs::remove_dir_all(dir.path().join("raft")).unwrap();
+    let (cluster, other) = ("cd".repeat(32), "ff".repeat(32));
+    let member = |id: &str, name: &str| {
+        serde_json::json!({
+            "id": id, "name": name, "addrs": ["127.0.0.1:9"], "version": "0.1.0", "state": "active", "stamp": 1,
+        })
+    };
+    let old = serde_json::json!({
+        "cluster": cluster, "name": "a", "tickets": { "issued": [] },
+        "members": [member(&id.to_string(), "a"), member(&other, "z")],
+    });
+    std::fs::write(dir.path().join("cluster.json"), old.to_string()).unwrap();
+    let a = Node::start(config(dir.path(), "a")).await.unwrap();
+    assert_eq!(a.cluster().to_string(), cluster);
+    let names: Vec<_> = a.status().await.nodes.into_iter().map(|n| n.name).collect();
+    assert_eq!(names, ["a", "z"]);
+    a.remove_node("z".into()).await.unwrap();
+    assert!(a.is_alone());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -360,7 +487,7 @@ async fn a_driver_that_says_nothing_of_its_requests_is_started_again() {
     std::fs::write(dir.path().join("frames.connected"), connected).unwrap();
     let order = r#"set -- $(dd bs=1 count=4 2>/dev/null | od -An -tu1); dd bs=1 count=$(($1 + $2 * 256)) >&2"#;
     let wait = format!(r#"cat "$0"; {order}; {order}; cat "$0.connected";"#);
-    command[2] = command[2].to_str().unwrap().replace(r#"cat "$0";"#, &wait).into();
+    command[2] = command[2].to_str().unwrap().replace(r#"cat "$f";"#, &wait).into();
     let mut config = config(dir.path(), "a");
     (config.compute_command, config.stall_limit) = (command, Duration::from_millis(200));
     let a = Node::start(config).await.unwrap();
@@ -394,6 +521,10 @@ async fn a_coordinator_that_comes_back_gets_its_stage_though_the_old_one_still_e
         FromChild::Connected { epoch: Epoch(1) },
     ];
     let (command, pids) = rote_child(b_dir.path(), &says);
+    // The second time it is another epoch's stage.
+    let again = [&says[..2], &[FromChild::Connected { epoch: Epoch(2) }]].concat();
+    let bytes = again.iter().flat_map(|m| codec::encode(m, limits::MESSAGE_BYTES_MAX).unwrap()).collect::<Vec<_>>();
+    std::fs::write(b_dir.path().join("frames.2"), bytes).unwrap();
     let mut b_config = config(b_dir.path(), "b");
     b_config.compute_command = command;
     b_config.memory_limit_bytes = Some(need + need / 2);
@@ -412,6 +543,7 @@ async fn a_coordinator_that_comes_back_gets_its_stage_though_the_old_one_still_e
     until("it is ready again", || async { health().await == Some(Health::Ready) }).await;
     let detail = a.status().await.deployments[0].detail.clone();
     assert!(!detail.contains("memory"), "{detail}");
+    assert_eq!(a.status().await.deployments[0].epoch, Epoch(2), "an epoch never comes twice");
     let pids = started(&pids);
     assert!(pids.len() == 2 && !lives(&pids[0]) && lives(&pids[1]), "{pids:?}");
     let name = a.status().await.deployments[0].name.clone();

@@ -1,5 +1,5 @@
 //! Every door of a daemon, tried by who has no business there: a stranger, a used, an expired and a recorded ticket, a
-//! node that has left, frames that are too large, and garbage. Each is refused with its reason, and the daemon goes on.
+//! node that was removed, frames that are too large, and garbage. Each is refused with its reason, and the daemon goes on.
 //!
 //! docs/security.md lists the doors and names the tests.
 mod support;
@@ -7,12 +7,11 @@ mod support;
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
-use capstan_cluster::{Member, MemberState};
 use capstan_compute::link::{IrohTransport, Transport};
 use capstan_node::{Node, Service};
 use capstan_proto::control::{
-    CLOSE_NOT_A_MEMBER, CLOSE_PROTOCOL, CONTROL_ALPN, DeploymentList, Hello, JOIN_ALPN, JoinReply, RESET_BAD_REQUEST,
-    RESET_NOT_UNDERSTOOD, Request,
+    CLOSE_NOT_A_MEMBER, CLOSE_PROTOCOL, CLOSE_REMOVED, CONTROL_ALPN, DeploymentList, Hello, JOIN_ALPN, JoinReply,
+    RAFT_ALPN, RESET_BAD_REQUEST, RESET_NOT_UNDERSTOOD, Request,
 };
 use capstan_proto::data::{DATA_ALPN, DATA_VERSION, DataHello};
 use capstan_proto::keys::KeyNews;
@@ -57,9 +56,12 @@ impl Victim {
 async fn a_stranger_is_cut_off_from_control_and_shards() {
     let victim = Victim::new().await;
     let stranger = Peer::new().await;
-    for (alpn, code, words) in
-        [(CONTROL_ALPN, u64::from(CLOSE_NOT_A_MEMBER), "member list"), (BLOBS_ALPN, 1, "not a member")]
-    {
+    let no_member = u64::from(CLOSE_NOT_A_MEMBER);
+    for (alpn, code, words) in [
+        (CONTROL_ALPN, no_member, "member list"),
+        (RAFT_ALPN, no_member, "member list"),
+        (BLOBS_ALPN, 1, "not a member"),
+    ] {
         for bytes in [frame(&Request::Poll(Box::new(stranger.gossip(&victim.node)))), oversized(), garbage(), vec![]] {
             let connection = stranger.dial(&victim.node, alpn).await.unwrap();
             if let Ok((mut send, mut recv)) = connection.open_bi().await {
@@ -145,12 +147,9 @@ impl Victim {
         peer.join(&self.node, &peer.join_frame(ticket, "peer")).await
     }
 
-    /// A member leaves as our own code does: by its own entry.
-    async fn leave(&self, peer: &Peer, line: &Connection) {
-        let entry = peer.poll(&self.node, line).await.members.into_iter().find(|m| m.id == peer.id()).unwrap();
-        let left = Member { state: MemberState::Left, stamp: entry.stamp + 1, ..entry };
-        let (_, mut recv) = send(line, &frame(&Request::Leave(Box::new(left)))).await;
-        read::<capstan_proto::control::Done>(&mut recv).await;
+    /// Somebody takes a member out.
+    async fn remove(&self, name: &str) {
+        self.node.remove_node(name.into()).await.unwrap();
     }
 }
 
@@ -169,29 +168,37 @@ async fn a_recorded_request_to_join_is_worth_nothing() {
     is_used(thief.join(&victim.node, &recorded).await);
     // By its own key, while its answer may have been lost: that is what makes joining safe to repeat.
     assert!(matches!(honest.join(&victim.node, &recorded).await, JoinReply::Welcome { .. }));
-    // By its own key when it has left: who is out stays out.
-    let line = honest.control(&victim.node).await;
-    victim.leave(&honest, &line).await;
-    is_used(honest.join(&victim.node, &recorded).await);
+    // By its own key when it was removed: who is out stays out, and no fresh ticket helps.
+    victim.remove("honest").await;
+    let fresh = victim.node.ticket(600, false).await.unwrap().ticket;
+    for bytes in [recorded, honest.join_frame(&fresh, "honest")] {
+        match honest.join(&victim.node, &bytes).await {
+            JoinReply::Refused { status, message } => assert!(status == 410 && message.contains("removed"), "{message}"),
+            JoinReply::Welcome { .. } => panic!("a removed node was let in"),
+        }
+    }
     assert_eq!(victim.members().await, 2);
     victim.lives().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_node_that_has_left_is_out_at_every_door_at_once() {
+async fn a_removed_node_is_out_at_every_door_at_once() {
     let victim = Victim::new().await;
     let gone = Peer::new().await;
     gone.become_member(&victim.node, "gone").await;
     let line = gone.control(&victim.node).await;
     let shards = gone.dial(&victim.node, BLOBS_ALPN).await.unwrap();
-    assert_eq!(gone.poll(&victim.node, &line).await.members.len(), 3);
-    victim.leave(&gone, &line).await;
+    let log = gone.greet(&victim.node, RAFT_ALPN).await;
+    assert_eq!(victim.members().await, 3);
+    victim.remove("gone").await;
     // The connections of before.
-    assert_eq!(closed(&line).await.0, u64::from(CLOSE_NOT_A_MEMBER));
+    assert_eq!(closed(&line).await.0, u64::from(CLOSE_REMOVED));
+    assert_eq!(closed(&log).await.0, u64::from(CLOSE_REMOVED));
     send(&shards, &[0; 40]).await;
     assert_eq!(closed(&shards).await.0, 1);
     // And new ones.
-    for (alpn, code) in [(CONTROL_ALPN, u64::from(CLOSE_NOT_A_MEMBER)), (BLOBS_ALPN, 1)] {
+    let removed = u64::from(CLOSE_REMOVED);
+    for (alpn, code) in [(CONTROL_ALPN, removed), (RAFT_ALPN, removed), (BLOBS_ALPN, 1)] {
         let connection = gone.dial(&victim.node, alpn).await.unwrap();
         assert_eq!(closed(&connection).await.0, code);
     }
@@ -219,20 +226,11 @@ async fn a_members_nonsense_ends_its_stream_and_not_its_connection() {
     }
     // What a member may not say: of others, and beyond its bounds.
     let other = NodeId([9; 32]);
-    let entry = |id| Member {
-        id,
-        name: "x".into(),
-        addrs: vec![],
-        version: "1".into(),
-        state: MemberState::Left,
-        stamp: u64::MAX,
-    };
     let lie = DeploymentList { coordinator: other, stamp: u64::MAX, deployments: vec![] };
     let mut long = victim.member.gossip(&victim.node);
-    long.members = vec![Member { name: "x".repeat(1000), ..entry(other) }];
+    long.node.addrs = vec![([127, 0, 0, 1], 1).into(); 1000];
     let foreign = KeyNews { cluster: ClusterId([1; 32]), digest: [0; 32], entries: vec![] };
     for request in [
-        Request::Leave(Box::new(entry(victim.node.id()))),
         Request::Update(Box::new(lie)),
         Request::Poll(Box::new(long)),
         Request::Keys(Box::new(foreign)),
@@ -243,6 +241,13 @@ async fn a_members_nonsense_ends_its_stream_and_not_its_connection() {
         victim.lives().await;
     }
     assert_eq!(victim.members().await, 2);
+    // Nor does nonsense about the log.
+    let log = victim.member.greet(&victim.node, RAFT_ALPN).await;
+    for bytes in [oversized(), garbage(), vec![], frame(&(ClusterId([1; 32]), 0u8))] {
+        let (_send, mut recv) = send(&log, &bytes).await;
+        assert!(recv.read_to_end(1 << 20).await.unwrap_or_default().is_empty(), "{bytes:?} was answered");
+        victim.lives().await;
+    }
     // A shard connection that asks for what is no request is closed; the next one is served.
     for bytes in [vec![0xff; 64], vec![0], [&[3u8][..], &[0xff; 1 << 16]].concat()] {
         let shards = victim.member.dial(&victim.node, BLOBS_ALPN).await.unwrap();

@@ -15,7 +15,7 @@ use crate::generate::{GenerateRequest, RequestError};
 use crate::keys::KeyNews;
 use crate::manage::{DeploymentStatus, NodeStatus};
 pub use crate::version::{
-    CONTROL_VERSION_MAX, CONTROL_VERSION_MIN, HELLO_BYTES_MAX, Hello, KEYS_SINCE, RESET_BAD_REQUEST,
+    CONTROL_VERSION_MAX, CONTROL_VERSION_MIN, DRAIN_SINCE, HELLO_BYTES_MAX, Hello, KEYS_SINCE, RESET_BAD_REQUEST,
     RESET_NOT_UNDERSTOOD, VersionMismatch, WEIGHTS_SINCE,
 };
 use crate::weights::{AssembleOrder, Catalogue, PartRequest};
@@ -24,7 +24,9 @@ use crate::{ClusterId, DeploymentId, Epoch, NodeId, limits};
 /// ALPN between members of a cluster.
 pub const CONTROL_ALPN: &[u8] = b"capstan/control/1";
 /// ALPN by which a node that holds a ticket asks to become a member.
-pub const JOIN_ALPN: &[u8] = b"capstan/join/1";
+pub const JOIN_ALPN: &[u8] = b"capstan/join/2";
+/// ALPN of the messages about the replicated state, between members.
+pub const RAFT_ALPN: &[u8] = b"capstan/raft/1";
 /// Largest request to join: it is read from a stranger. [`ADDRS_MAX`] addresses take less than a tenth of it.
 pub const JOIN_REQUEST_BYTES_MAX: usize = 16 << 10;
 /// Largest answer to a request to join: [`ENTRIES_MAX`] members of about 1 KiB each.
@@ -46,6 +48,10 @@ pub const MADE_UP_HEADER_BYTES_MAX: usize = limits::MESSAGE_BYTES_MAX - (1 << 20
 pub const MADE_UP_FILE_BYTES_MAX: u64 = 16 << 40;
 /// Close code of a connection that its key does not entitle to.
 pub const CLOSE_NOT_A_MEMBER: u32 = 403;
+/// Close code of a connection of a key that was removed from the cluster.
+pub const CLOSE_REMOVED: u32 = 410;
+/// Close code of a connection that came before its node knew who is a member now.
+pub const CLOSE_NOT_YET: u32 = 503;
 /// Close code of a connection whose sides share no version, or that broke the protocol.
 pub const CLOSE_PROTOCOL: u32 = 400;
 
@@ -131,8 +137,6 @@ impl DeploymentList {
 pub struct Gossip {
     /// The cluster meant.
     pub cluster: ClusterId,
-    /// All entries of the member list.
-    pub members: Vec<Member>,
     /// How the sender is.
     pub node: NodeStatus,
     /// What the sender coordinates.
@@ -142,10 +146,6 @@ pub struct Gossip {
 impl Gossip {
     /// Refuses what exceeds a bound.
     pub fn check(&self) -> Result<(), OutOfBounds> {
-        if self.members.len() > ENTRIES_MAX {
-            return Err(OutOfBounds("the number of members"));
-        }
-        self.members.iter().try_for_each(Member::check)?;
         if self.node.devices.len() > 64 || self.node.addrs.len() > ADDRS_MAX {
             return Err(OutOfBounds("the number of devices"));
         }
@@ -308,8 +308,6 @@ pub enum Request {
         /// Bytes after the answer.
         down_bytes: u32,
     },
-    /// I leave. Answered by [`Done`].
-    Leave(Box<Member>),
     /// Stop serving a model that you coordinate. Answered by [`UnloadReply`].
     Unload {
         /// The deployment.
@@ -325,6 +323,11 @@ pub enum Request {
     Assemble(Box<AssembleOrder>),
     /// Do something with a file of yours. Answered by one [`PartReply`](crate::weights::PartReply).
     Part(Box<PartRequest>),
+    /// Move the stages that you coordinate away from a node. Answered by [`DrainReply`] when that is done.
+    Drain {
+        /// The node.
+        node: NodeId,
+    },
 }
 
 impl Request {
@@ -339,13 +342,17 @@ impl Request {
             | Self::Generate { .. }
             | Self::Update(_)
             | Self::Wire { .. }
-            | Self::Leave(_)
             | Self::Unload { .. } => CONTROL_VERSION_MIN,
             Self::Keys(_) => KEYS_SINCE,
             Self::Catalogue(_) | Self::Assemble(_) | Self::Part(_) => WEIGHTS_SINCE,
+            Self::Drain { .. } => DRAIN_SINCE,
         }
     }
 }
+
+/// What could not be moved, in sentences.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DrainReply(pub Vec<String>);
 
 /// The answer to a request that asks for nothing back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -377,6 +384,8 @@ pub struct Join {
     pub addrs: Vec<SocketAddr>,
     /// Version of capstan it runs.
     pub version: String,
+    /// Grows from one request of this node to the next; the same when a request is made again.
+    pub attempt: u64,
 }
 
 // Without the secret.
@@ -411,7 +420,9 @@ pub enum JoinReply {
     Welcome {
         /// The cluster.
         cluster: ClusterId,
-        /// All entries, the new one included.
+        /// Which of the new member's lives there begins.
+        life: u64,
+        /// All members, the new one included.
         members: Vec<Member>,
     },
     /// It is not.
@@ -444,24 +455,16 @@ mod tests {
     #[test]
     fn numbers_of_messages_never_change() {
         let key = NodeId([7; 32]);
-        let member = || Member {
-            id: key,
-            name: "a".into(),
-            addrs: vec![],
-            version: "1".into(),
-            state: MemberState::Active,
-            stamp: 1,
-        };
         let list = || DeploymentList { coordinator: key, stamp: 1, deployments: vec![] };
         let news = KeyNews { cluster: ClusterId([1; 32]), digest: [0; 32], entries: vec![] };
         let deployment = DeploymentId(1);
         let requests = [
             (3, Request::Update(Box::new(list()))),
             (4, Request::Wire { up_bytes: 0, down_bytes: 0 }),
-            (5, Request::Leave(Box::new(member()))),
-            (6, Request::Unload { deployment }),
-            (7, Request::Keys(Box::new(news))),
-            (10, Request::Part(Box::new(PartRequest::Publish { assembly: crate::ContentHash([0; 32]) }))),
+            (5, Request::Unload { deployment }),
+            (6, Request::Keys(Box::new(news))),
+            (9, Request::Part(Box::new(PartRequest::Publish { assembly: crate::ContentHash([0; 32]) }))),
+            (10, Request::Drain { node: key }),
         ];
         for (n, request) in &requests {
             assert_eq!(number(request), *n, "{request:?}");
@@ -499,9 +502,10 @@ mod tests {
             name: "a".into(),
             addrs: vec![],
             version: String::new(),
+            attempt: 300,
         };
         let mut want = [vec![9; 32], vec![5; 16]].concat();
-        want.extend([1, b'a', 0, 0]);
+        want.extend([1, b'a', 0, 0, 0xac, 2]);
         assert_eq!(postcard::to_stdvec(&join).unwrap(), want);
         assert!(!format!("{join:?}").contains("secret"));
     }

@@ -249,6 +249,9 @@ pub struct NodeStatus {
     /// The links that it has measured, each by one of its ends.
     #[serde(default)]
     pub links: Vec<LinkStatus>,
+    /// Whether it votes on what the cluster agrees on; the others learn it.
+    #[serde(default)]
+    pub votes: bool,
 }
 
 /// A link between two nodes, as the one that has this measured it.
@@ -353,6 +356,9 @@ pub struct ClusterStatus {
     pub nodes: Vec<NodeStatus>,
     /// What is served.
     pub deployments: Vec<DeploymentStatus>,
+    /// Who votes, and why nothing can be changed if so; for people.
+    #[serde(default)]
+    pub agreement: String,
 }
 
 /// A new ticket, and until when it is good.

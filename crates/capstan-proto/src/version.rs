@@ -29,19 +29,22 @@
 use serde::{Deserialize, Serialize};
 
 /// Every version that this build speaks, oldest first, with what it brought. Consecutive.
-pub const HISTORY: [(u32, &str); 3] = [
-    (4, "poll, stage, generate with answers that are taken up again, update, wire, leave, unload"),
-    (5, "API keys travel between members; an unknown request is answered by a reset with its own code"),
-    (6, "models that are pulled: catalogues, files put together, parts"),
+pub const HISTORY: [(u32, &str); 4] = [
+    (7, "members are agreed on in a log of their own; poll, stage, generate, update, wire, unload"),
+    (8, "API keys travel between members; an unknown request is answered by a reset with its own code"),
+    (9, "models that are pulled: catalogues, files put together, parts"),
+    (10, "stages are moved away from a node that is to be drained"),
 ];
 /// Oldest control protocol that this build speaks.
 pub const CONTROL_VERSION_MIN: u32 = HISTORY[0].0;
 /// Newest control protocol that this build speaks.
 pub const CONTROL_VERSION_MAX: u32 = HISTORY[HISTORY.len() - 1].0;
 /// The version that brought API keys.
-pub const KEYS_SINCE: u32 = 5;
+pub const KEYS_SINCE: u32 = 8;
 /// The version that brought models that are pulled.
-pub const WEIGHTS_SINCE: u32 = 6;
+pub const WEIGHTS_SINCE: u32 = 9;
+/// The version that brought draining.
+pub const DRAIN_SINCE: u32 = 10;
 /// Largest [`Hello`] frame: it is read before anything is known of the other side.
 pub const HELLO_BYTES_MAX: usize = 1024;
 /// Code with which the answering side resets a stream whose request it does not know; as in HTTP, "not implemented".

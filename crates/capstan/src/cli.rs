@@ -140,6 +140,12 @@ pub enum Command {
     /// API keys: what other machines show to use this API
     #[command(after_help = key::EXAMPLES)]
     Key(key::KeyArgs),
+    /// Show the nodes: who is online, who votes
+    #[command(after_help = cluster::NODES_EXAMPLES)]
+    Nodes,
+    /// Take a node out of the cluster
+    #[command(subcommand, after_help = cluster::NODE_EXAMPLES)]
+    Node(cluster::NodeCommand),
     /// Make another join ticket
     #[command(after_help = cluster::TICKET_EXAMPLES)]
     Ticket(cluster::TicketArgs),

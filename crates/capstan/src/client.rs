@@ -22,6 +22,8 @@ const QUICK_TIMEOUT: Duration = Duration::from_secs(15);
 const SLOW_TIMEOUT: Duration = Duration::from_secs(120);
 /// How long a call may take that reads a whole model on all nodes: terabytes from slow disks.
 const DISK_TIMEOUT: Duration = Duration::from_secs(8 * 3600);
+/// Models are loaded anew, maybe several, and their shards may have to travel.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(2 * 3600);
 /// Largest reply that is no stream, in bytes: a status of the largest cluster has about one million.
 const REPLY_BYTES_MAX: usize = 16 << 20;
 
@@ -173,6 +175,16 @@ impl Client {
     /// Leaves the cluster.
     pub async fn leave(&self) -> Result<(), ClientError> {
         self.send(Method::POST, "/capstan/v1/leave", Some(json!({})), SLOW_TIMEOUT).await.map(drop)
+    }
+
+    /// Takes another node out of the cluster for good.
+    pub async fn remove_node(&self, name: &str) -> Result<ClusterStatus, ClientError> {
+        self.call(Method::POST, "/capstan/v1/nodes/remove", Some(json!({ "name": name })), SLOW_TIMEOUT).await
+    }
+
+    /// Moves all stages away from a node, which takes as long as loading them elsewhere.
+    pub async fn drain_node(&self, name: &str) -> Result<ClusterStatus, ClientError> {
+        self.call(Method::POST, "/capstan/v1/nodes/drain", Some(json!({ "name": name })), DRAIN_TIMEOUT).await
     }
 
     /// Stops serving a model.

@@ -98,6 +98,7 @@ impl Service for Fake {
             version: "1.2.3".into(),
             nodes: Vec::<NodeStatus>::new(),
             deployments: MODELS.iter().enumerate().map(|(i, m)| deployment(i, m)).collect(),
+            agreement: String::new(),
         }
     }
 
@@ -152,6 +153,14 @@ impl Service for Fake {
 
     async fn unload(&self, name: String) -> Result<(), ManageError> {
         Err(ManageError::new(404, format!("{name} is not loaded; nothing was changed")))
+    }
+
+    async fn remove_node(&self, name: String) -> Result<ClusterStatus, ManageError> {
+        Err(ManageError::new(404, format!("there is no node {name}; nothing was changed")))
+    }
+
+    async fn drain_node(&self, name: String) -> Result<ClusterStatus, ManageError> {
+        Err(ManageError::new(404, format!("there is no node {name}; nothing was changed")))
     }
 
     async fn ticket(&self, ttl_s: u64, reusable: bool) -> Result<TicketReply, ManageError> {

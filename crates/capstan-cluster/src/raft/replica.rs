@@ -134,6 +134,8 @@ pub struct Replica {
     applied: watch::Receiver<Applied>,
     /// When the leader's word was last taken here.
     led_at: Mutex<Option<Instant>>,
+    /// A leader whom another member named, and of whom the log here will only tell.
+    introduced: Mutex<Option<NodeId>>,
     /// Who answered at the last look of the keeper.
     pub(super) online: Mutex<BTreeSet<NodeId>>,
     /// Voters are changed by one at a time.
@@ -161,6 +163,7 @@ impl Replica {
             transport,
             applied,
             led_at: Mutex::default(),
+            introduced: Mutex::default(),
             online: Mutex::default(),
             changing: tokio::sync::Mutex::default(),
         })
@@ -283,7 +286,7 @@ impl Replica {
     /// Answers another replica. `from` is who the link proves; whether it is a member is for the caller to know.
     pub async fn answer(&self, from: NodeId, message: RaftMessage) -> RaftReply {
         let RaftMessage { to, request } = message;
-        if to != self.id {
+        if to != self.id && !matches!(request, RaftRequest::Confirm) {
             return RaftReply::Unable("it is meant for an earlier life of this node".into());
         }
         if let Err(bad) = request.check(from) {
@@ -337,25 +340,29 @@ impl Replica {
         Some(asked.ok()?.ok()?.0.map(|id| id.index))
     }
 
+    /// Whether another member named this node as the leader. A node that was away for long may not know it otherwise.
+    pub fn was_introduced(&self, node: NodeId) -> bool {
+        *self.introduced.lock().unwrap_or_else(PoisonError::into_inner) == Some(node)
+    }
+
     /// Makes sure that everything that was committed before this call is applied here. False when a majority could not
-    /// be reached in time; then what is known here may be old.
-    pub async fn confirm(&self, limit: Duration) -> bool {
+    /// be reached in time; then what is known here may be old. `others` are asked for the leader where it is not known.
+    pub async fn confirm(&self, limit: Duration, others: &[NodeId]) -> bool {
         let ask = async {
+            let mut others = others.iter().cycle();
             let index = loop {
-                match self.standing().leader {
-                    Some(leader) if leader == self.id => {
-                        if let Some(index) = self.lead().await {
-                            break index;
-                        }
+                let leader = self.standing().leader;
+                if leader.is_some_and(|l| l == self.id) {
+                    if let Some(index) = self.lead().await {
+                        break index;
                     }
-                    Some(leader) => {
-                        let message = RaftMessage { to: leader, request: RaftRequest::Confirm };
-                        let asked = self.transport.call(message, limit).await;
-                        if let Ok(RaftReply::Confirmed(index)) = asked {
-                            break index;
-                        }
-                    }
-                    None => {}
+                } else if let Some(leader) = leader
+                    && let Some(RaftReply::Confirmed(index)) = self.ask_for_leader(leader, limit).await
+                {
+                    break index;
+                } else if let Some(other) = others.next() {
+                    // Its life does not matter: it answers for whoever asks.
+                    self.ask_for_leader(RaftId { node: *other, life: 0 }, limit).await;
                 }
                 sleep(LOOK_AGAIN).await;
             };
@@ -363,6 +370,15 @@ impl Replica {
             applied.wait_for(|a| a.index >= index).await.is_ok()
         };
         timeout(limit, ask).await.unwrap_or(false)
+    }
+
+    async fn ask_for_leader(&self, to: RaftId, limit: Duration) -> Option<RaftReply> {
+        let message = RaftMessage { to, request: RaftRequest::Confirm };
+        let reply = self.transport.call(message, limit).await.ok()?;
+        if let RaftReply::Elsewhere(Some(leader)) = reply {
+            *self.introduced.lock().unwrap_or_else(PoisonError::into_inner) = Some(leader.node);
+        }
+        Some(reply)
     }
 
     /// Ends it. What was promised is on disk.

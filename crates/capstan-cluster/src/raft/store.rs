@@ -39,6 +39,13 @@ pub enum StoreError {
     WrongCluster(ClusterId),
 }
 
+impl StoreError {
+    /// Whether somebody else has the file open at the moment.
+    pub fn is_busy(&self) -> bool {
+        matches!(self, Self::Database(error) if matches!(**error, redb::Error::DatabaseAlreadyOpen))
+    }
+}
+
 impl<E: Into<redb::Error>> From<E> for StoreError {
     fn from(error: E) -> Self {
         Self::Database(Box::new(error.into()))

@@ -7,6 +7,7 @@ use capstan_planner::{Placement, StagePlan};
 use capstan_proto::NodeId;
 use capstan_proto::control::{StageCommand, StageFile, clip};
 use capstan_proto::manage::Health;
+use tokio::sync::oneshot;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -40,6 +41,18 @@ pub(super) struct Displacing {
     stay: bool,
     idle_since: Option<Instant>,
     may: bool,
+    /// Counts questions to the planner, so that an answer that something has overtaken is known as such.
+    question: u64,
+    leaving: Option<Leaving>,
+}
+
+/// A node that is to be left for good.
+struct Leaving {
+    node: NodeId,
+    /// Who waits for that.
+    done: oneshot::Sender<Result<(), String>>,
+    /// Who had chosen the placement.
+    choice: Choice,
 }
 
 impl Displacing {
@@ -54,12 +67,14 @@ impl Displacing {
             idle_since: None,
             // A rehearsal measures the placement that it was given.
             may: blueprint.choice != Choice::Layers && blueprint.rehearsal.is_none(),
+            question: 0,
+            leaving: None,
         }
     }
 
     /// When the nodes are looked at next.
-    pub(super) fn look_at(&self) -> Option<Instant> {
-        Some(self.look_at)
+    pub(super) fn look_at(&self) -> Instant {
+        self.look_at
     }
 
     /// Something has changed about a node.
@@ -84,7 +99,7 @@ impl Coordinator {
             }
         }
         let asked_lately = self.displacing.ask_at.is_some_and(|t| t > now);
-        if !self.displacing.may || self.displacing.planning || asked_lately {
+        if self.displacing.leaving.is_some() || !self.displacing.may || self.displacing.planning || asked_lately {
             return Ok(());
         }
         if self.stages.iter().all(|s| s.away_since.is_none()) {
@@ -135,26 +150,95 @@ impl Coordinator {
             return;
         }
         self.displacing.planning = true;
-        let (shared, outbox, layout) = (self.shared.clone(), self.outbox.clone(), self.displacing.layout);
+        self.displacing.question += 1;
+        let (shared, outbox, question) = (self.shared.clone(), self.outbox.clone(), self.displacing.question);
         let model = self.blueprint.model.clone();
         let options = Wanted::of(&self.blueprint).options(&self.blueprint, nodes);
+        let without = self.displacing.leaving.as_ref().map(|l| l.node);
         // What the stages hold now is free by then.
         let held: Vec<_> = self.stages.iter().map(|s| (s.plan.node, s.plan.memory_bytes)).collect();
         tokio::spawn(async move {
             let fleet = Fleet::of(&shared).with_free(&held);
+            let fleet = without.iter().fold(fleet, |fleet, node| fleet.without(*node));
             let placed = placing::place_on(&shared, fleet, &model, options, false).await;
             let result = placed.map(|(placement, _)| placement).map_err(|e| e.message);
-            outbox.send(Message::Planned(layout, result)).await.ok();
+            outbox.send(Message::Planned(question, result)).await.ok();
         });
     }
 
+    /// Moves the stages away from a node, if the others can hold them.
+    pub(super) fn vacate(&mut self, node: NodeId, done: oneshot::Sender<Result<(), String>>) {
+        let there = self.stages.iter().any(|s| s.plan.node == node);
+        let refused = match (&self.blueprint.choice, self.health) {
+            _ if !there => Some(Ok(())),
+            _ if self.displacing.leaving.is_some() => Some(Err("it is being moved already; try again then")),
+            (_, Health::Ready | Health::Recovering) if self.displacing.may => None,
+            (Choice::Layers, _) => Some(Err("somebody fixed its layers; load it again with other --layers")),
+            (_, Health::Ready) => Some(Err("it is a rehearsal, which ends by itself")),
+            _ => Some(Err("it is not ready; unload it, or try again when it is")),
+        };
+        if let Some(answer) = refused {
+            done.send(answer.map_err(str::to_owned)).ok();
+            return;
+        }
+        self.displacing.leaving = Some(Leaving { node, done, choice: self.blueprint.choice.clone() });
+        let nodes = match &self.blueprint.choice {
+            Choice::Nodes(named) => named.iter().copied().filter(|n| *n != node).collect(),
+            Choice::Planner | Choice::Layers => vec![],
+        };
+        if nodes.is_empty() && matches!(self.blueprint.choice, Choice::Nodes(_)) {
+            self.not_vacated("no other node was named for it; load it again with other --nodes".to_owned());
+            return;
+        }
+        self.ask_planner(nodes);
+    }
+
+    /// Goes to a placement without a node, and stays away from it.
+    fn leave(&mut self, node: NodeId, placement: Placement) {
+        let mut nodes: Vec<_> = placement.stages().iter().map(|s| s.node).collect();
+        nodes.dedup();
+        self.blueprint.choice = Choice::Nodes(nodes);
+        // Left to the planner it might go back.
+        self.shared.deployments.pin(self.blueprint.id);
+        let home = self.blueprint.stages.clone();
+        let name = self.shared.membership.name_of(node);
+        self.replace(placement, &format!("node {name} is drained"));
+        self.displacing.home = Some(home);
+    }
+
+    fn not_vacated(&mut self, why: String) {
+        if let Some(leaving) = self.displacing.leaving.take() {
+            leaving.done.send(Err(why)).ok();
+        }
+    }
+
+    /// The model answers: who waits for a node to be left hears whether it was.
+    pub(super) fn vacated(&mut self) {
+        let Some(Leaving { node, done, choice }) = self.displacing.leaving.take() else { return };
+        if self.stages.iter().any(|s| s.plan.node == node) {
+            self.blueprint.choice = choice;
+            done.send(Err("the other nodes could not take over; see their logs".to_owned())).ok();
+        } else {
+            // There is nothing to go back to.
+            self.displacing.home = None;
+            done.send(Ok(())).ok();
+        }
+    }
+
     /// What the planner says.
-    pub(super) fn planned(&mut self, layout: u64, result: Result<Placement, String>) {
-        if layout != self.displacing.layout {
+    pub(super) fn planned(&mut self, question: u64, result: Result<Placement, String>) {
+        if question != self.displacing.question {
             return;
         }
         self.displacing.planning = false;
         self.displacing.ask_at = Some(Instant::now() + ASK_AGAIN);
+        if let Some(node) = self.displacing.leaving.as_ref().map(|l| l.node) {
+            match result {
+                Ok(placement) => self.leave(node, placement),
+                Err(reason) => self.not_vacated(format!("the other nodes cannot hold it: {reason}")),
+            }
+            return;
+        }
         let away: Vec<_> = self.stages.iter().filter(|s| s.away_since.is_some()).map(|s| s.plan.node).collect();
         let names: Vec<_> = away.iter().map(|n| self.shared.membership.name_of(*n)).collect();
         match result {
@@ -210,6 +294,7 @@ impl Coordinator {
         }
         self.displacing.layout += 1;
         self.displacing.planning = false;
+        self.displacing.question += 1;
         let (scheduling, draft) = Wanted::of(&self.blueprint).scheduling(placement.stages().len());
         self.blueprint.scheduling = scheduling;
         self.blueprint.draft = draft;

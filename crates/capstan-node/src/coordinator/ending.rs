@@ -6,6 +6,7 @@ use capstan_proto::manage::{Health, LoadEvent};
 use tokio::time::timeout;
 
 use super::{Coordinator, Message};
+use crate::agreement;
 use crate::session::SessionEvent;
 
 /// How long stages may take to end.
@@ -66,6 +67,7 @@ impl Coordinator {
     /// Forgets the deployment, and tells who waits for that.
     pub(super) async fn remove(&mut self) {
         self.shared.deployments.remove(self.blueprint.id);
+        agreement::withdraw(&self.shared, self.blueprint.id, self.epoch);
         self.shared.cutter.clear(self.blueprint.id).await;
         self.shared.push_deployments().await;
         for done in self.unloads.drain(..) {

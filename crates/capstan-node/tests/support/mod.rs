@@ -139,6 +139,7 @@ impl Peer {
             name: name.into(),
             addrs: self.endpoint.bound_sockets(),
             version: "test".into(),
+            attempt: 1,
         })
     }
 
@@ -178,9 +179,10 @@ impl Peer {
             devices: vec![],
             profile: None,
             links: vec![],
+            votes: false,
         };
         let deployments = DeploymentList { coordinator: self.id(), stamp: 1, deployments: vec![] };
-        Gossip { cluster: node.cluster(), members: vec![], node: status, deployments }
+        Gossip { cluster: node.cluster(), node: status, deployments }
     }
 
     /// Asks for news on a connection: whether a member is answered.

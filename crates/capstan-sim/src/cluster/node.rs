@@ -244,7 +244,7 @@ async fn keep(node: Arc<Node>, replica: Arc<Replica>) {
 async fn renew(node: Arc<Node>, replica: Arc<Replica>) {
     loop {
         let asked = node.now_ms();
-        if replica.confirm(LOOK * 2).await {
+        if replica.confirm(LOOK * 2, &[]).await {
             node.inner().lease.renew(asked);
         }
         sleep(LOOK).await;

@@ -1,4 +1,4 @@
-//! `capstan join`, `status`, `ticket` and `leave`: this node and the others.
+//! `capstan join`, `status`, `nodes`, `node`, `ticket` and `leave`: this node and the others.
 use std::process::ExitCode;
 
 use anyhow::{Result, bail};
@@ -61,6 +61,33 @@ pub struct JoinArgs {
     /// Settings of the daemon.
     #[command(flatten)]
     pub node: NodeFlags,
+}
+
+/// Shown by `capstan nodes --help`.
+pub const NODES_EXAMPLES: &str = "\
+Examples:
+  capstan nodes           voters decide together what the cluster is; learners hear of it
+  capstan nodes --json";
+
+/// Shown by `capstan node --help`.
+pub const NODE_EXAMPLES: &str = "\
+Examples:
+  capstan node drain beta     its stages are loaded elsewhere first
+  capstan node remove beta    all nodes refuse beta's key from now on, also those that are away at the moment";
+
+/// What `capstan node` does.
+#[derive(Debug, clap::Subcommand)]
+pub enum NodeCommand {
+    /// Load elsewhere what has a stage on a node; models that were placed by hand are named
+    Drain {
+        /// The node's name, or its key
+        name: String,
+    },
+    /// Take a node out of the cluster for good: its key is refused by all nodes from now on
+    Remove {
+        /// The node's name, or its key
+        name: String,
+    },
 }
 
 /// Arguments of `capstan ticket`.
@@ -156,6 +183,38 @@ pub async fn status(config: &Config, json: bool) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Shows the nodes alone.
+pub async fn nodes(config: &Config, json: bool) -> Result<ExitCode> {
+    let status = Client::find(&config.data_dir.value)?.status().await?;
+    if json {
+        view::print_json(&status.nodes)?;
+    } else {
+        view::print_line(describe_nodes(&status))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Does something about one node.
+pub async fn node(config: &Config, command: &NodeCommand, json: bool) -> Result<ExitCode> {
+    let client = Client::find(&config.data_dir.value)?;
+    let (status, done) = match command {
+        NodeCommand::Remove { name } => {
+            let done = format!("removed {name}: its key is refused by all nodes from now on, for good");
+            (client.remove_node(name).await?, done)
+        }
+        NodeCommand::Drain { name } => {
+            (client.drain_node(name).await?, format!("{name} holds no stage any more and can be stopped"))
+        }
+    };
+    if json {
+        view::print_json(&status)?;
+    } else {
+        view::print_line(format!("{}\n", view::plain(&done)))?;
+        view::print_line(describe_nodes(&status))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
 /// Makes another ticket.
 pub async fn ticket(config: &Config, args: &TicketArgs, json: bool) -> Result<ExitCode> {
     let reply = Client::find(&config.data_dir.value)?.ticket(args.ttl, args.reusable).await?;
@@ -182,7 +241,7 @@ pub async fn leave(config: &Config, json: bool) -> Result<ExitCode> {
 
 /// Nodes, deployments and stages as tables.
 pub fn describe(status: &ClusterStatus) -> String {
-    let mut parts = vec![nodes(&status.nodes)];
+    let mut parts = vec![describe_nodes(status)];
     if status.deployments.is_empty() {
         parts.push("No model is loaded; `capstan load MODEL.gguf` loads one.".into());
     } else {
@@ -198,13 +257,20 @@ pub fn describe(status: &ClusterStatus) -> String {
     parts.join("\n\n")
 }
 
-fn nodes(nodes: &[NodeStatus]) -> String {
-    let mut table = Table::new(&["NODE", "STATE", "RTT", "FREE", "MEMORY", "DEVICES"], &[2, 3, 4]);
+/// Nodes as a table, and who votes.
+fn describe_nodes(status: &ClusterStatus) -> String {
+    let table = node_table(&status.nodes);
+    if status.agreement.is_empty() { table } else { format!("{table}\n{}", view::plain(&status.agreement)) }
+}
+
+fn node_table(nodes: &[NodeStatus]) -> String {
+    let mut table = Table::new(&["NODE", "STATE", "VOTE", "RTT", "FREE", "MEMORY", "DEVICES"], &[3, 4, 5]);
     for n in nodes {
         let name = if n.is_self { format!("{} (this node)", n.name) } else { n.name.clone() };
         table.row(vec![
             name,
             if n.online { "online".into() } else { "offline".into() },
+            if n.votes { "voter".into() } else { "learner".into() },
             n.rtt_us.map_or("–".into(), view::micros),
             view::bytes(n.memory_free_bytes),
             view::bytes(n.memory_total_bytes),

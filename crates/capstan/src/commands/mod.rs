@@ -63,6 +63,8 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
             Command::Status => cluster::status(&config, json).await,
             Command::Pair(args) => pair::pair(&config, &args, json).await,
             Command::Key(args) => key::run(&config, &args, json).await,
+            Command::Nodes => cluster::nodes(&config, json).await,
+            Command::Node(command) => cluster::node(&config, &command, json).await,
             Command::Ticket(args) => cluster::ticket(&config, &args, json).await,
             Command::Leave => cluster::leave(&config, json).await,
             Command::Load(args) => models::load(&config, &args, json).await,

@@ -234,6 +234,7 @@ mod tests {
             devices: vec![],
             profile,
             links: vec![],
+            votes: false,
         };
         let profile = || Some(capstan_proto::device::DeviceProfile::default());
         let all = vec![node("a", true, profile()), node("b", false, profile()), node("c", true, None)];
