@@ -69,6 +69,7 @@ mod tests {
             devices: vec![],
             profile: hop_ns.map(|hop_ns| DeviceProfile { hop_ns, disk_bytes_per_s: 7, ..DeviceProfile::default() }),
             links: to.iter().map(link).collect(),
+            votes: false,
         }
     }
 
