@@ -14,6 +14,8 @@ use crate::ticket::{TicketBook, TicketError};
 
 /// Most deployments of a cluster: as many as one node may coordinate, for a few nodes.
 pub const DEPLOYMENTS_MAX: usize = 256;
+/// Longest recipe of a deployment, in bytes: a path of 4 KiB, names of nodes, and numbers.
+pub const RECIPE_BYTES_MAX: usize = 8 << 10;
 /// Most keys that a cluster remembers as removed. They are kept for its whole life, 200 bytes each.
 pub const REMOVED_MAX: usize = 4096;
 
@@ -108,6 +110,9 @@ pub enum Command {
         previous: Epoch,
         /// Its stages in order.
         seats: Vec<Seat>,
+        /// What another member needs to coordinate it, should this one be lost; empty when no other can. The state only
+        /// keeps it.
+        recipe: Vec<u8>,
         /// Tells a change that is asked for again from another one.
         attempt: u64,
     },
@@ -146,7 +151,8 @@ impl Proposal {
                 bound(members.iter().all(|m| m.check().is_ok()), "a member's entry")
             }
             Command::Admit { node, .. } | Command::Refresh(node) => node.check(),
-            Command::Place { seats, .. } => {
+            Command::Place { seats, recipe, .. } => {
+                bound(recipe.len() <= RECIPE_BYTES_MAX, "the length of a deployment's recipe")?;
                 bound(!seats.is_empty() && seats.len() <= LAYERS_MAX as usize, "the number of stages")
             }
             Command::Leave { .. } | Command::Remove(_) | Command::Issue { .. } | Command::Withdraw { .. } => Ok(()),

@@ -46,6 +46,8 @@ pub struct Placed {
     pub coordinator: NodeId,
     /// Its stages in order.
     pub seats: Vec<Seat>,
+    /// See [`Command::Place`].
+    pub recipe: Vec<u8>,
     attempt: u64,
 }
 
@@ -119,8 +121,8 @@ impl State {
                 self.tickets.issue_hash(*hash, *expires_unix_s, *reusable, at_ms / 1000)?;
                 Ok(Response::Done)
             }
-            Command::Place { deployment, previous, seats, attempt } => {
-                self.place(*deployment, *previous, seats, by, *attempt)
+            Command::Place { deployment, previous, seats, recipe, attempt } => {
+                self.place(*deployment, *previous, (seats, recipe), by, *attempt)
             }
             Command::Withdraw { deployment, previous } => self.withdraw(*deployment, *previous),
         }
@@ -186,7 +188,7 @@ impl State {
         &mut self,
         deployment: DeploymentId,
         previous: Epoch,
-        seats: &[Seat],
+        (seats, recipe): (&[Seat], &[u8]),
         by: NodeId,
         attempt: u64,
     ) -> Outcome {
@@ -207,7 +209,8 @@ impl State {
             return Err(Refusal::TooManyDeployments);
         }
         self.last_epoch = self.last_epoch.next();
-        let placed = Placed { epoch: self.last_epoch, coordinator: by, seats: seats.to_vec(), attempt };
+        let (seats, recipe) = (seats.to_vec(), recipe.to_vec());
+        let placed = Placed { epoch: self.last_epoch, coordinator: by, seats, recipe, attempt };
         self.deployments.insert(deployment, placed);
         Ok(Response::Epoch(self.last_epoch))
     }
@@ -293,7 +296,8 @@ mod tests {
 
     fn place(deployment: u64, previous: u64, on: u8, attempt: u64) -> Command {
         let seats = vec![Seat { node: id(on), layers: LayerRange::new(0, 2).unwrap() }];
-        Command::Place { deployment: DeploymentId(deployment), previous: Epoch(previous), seats, attempt }
+        let (deployment, previous, recipe) = (DeploymentId(deployment), Epoch(previous), vec![]);
+        Command::Place { deployment, previous, seats, recipe, attempt }
     }
 
     /// A cluster of these nodes.
@@ -383,6 +387,10 @@ mod tests {
         let Command::Place { seats, .. } = &mut wide else { unreachable!() };
         *seats = vec![seats[0]; capstan_proto::limits::LAYERS_MAX as usize + 1];
         assert!(matches!(s.apply(&by(1, wide)), Err(Refusal::OutOfBounds(_))));
+        let mut wordy = place(1, 0, 1, 1);
+        let Command::Place { recipe, .. } = &mut wordy else { unreachable!() };
+        *recipe = vec![0; crate::command::RECIPE_BYTES_MAX + 1];
+        assert!(matches!(s.apply(&by(1, wordy)), Err(Refusal::OutOfBounds(_))));
         let mut long = newcomer(2);
         long.version = "x".repeat(1000);
         let long = Command::Admit { node: long, voucher: Voucher::Member, attempt: 1 };

@@ -7,8 +7,9 @@ use std::time::Duration;
 use capstan_cluster::raft::{ProposeError, Replica, Standing};
 use capstan_cluster::{Command, Response, Seat};
 use capstan_proto::{DeploymentId, Epoch};
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 
+use crate::deployments;
 use crate::endpoint;
 use crate::error::NodeError;
 use crate::node::{Shared, until_stopped};
@@ -16,6 +17,8 @@ use crate::raft_link::RaftLink;
 
 /// Between two looks of the leader at voters and learners.
 const KEEP_EVERY: Duration = Duration::from_millis(500);
+/// How long the start waits until the models of before are open.
+const RESUME_WAIT: Duration = Duration::from_secs(10);
 /// How long one look may take.
 const KEEP_LIMIT: Duration = Duration::from_secs(10);
 /// Between two looks whether this node is dialled elsewhere now.
@@ -57,6 +60,12 @@ async fn follow_changes(shared: Arc<Shared>, replica: Arc<Replica>) {
         if ours && shared.membership.remember(&state) {
             shared.members_changed();
         }
+        let overruled = |id: &DeploymentId| state.placed(*id).is_some_and(|p| p.coordinator != shared.id);
+        for id in shared.deployments.ids().into_iter().filter(overruled).filter(|_| ours) {
+            tracing::warn!(%id, "another node has taken this deployment over");
+            let shared = shared.clone();
+            tokio::spawn(async move { shared.deployments.unload(id).await });
+        }
         if changes.changed().await.is_err() {
             return;
         }
@@ -81,9 +90,21 @@ pub(crate) async fn refresh_loop(shared: Arc<Shared>) {
     }
 }
 
-/// Finds out who is a member now, before this node serves anybody.
+/// Finds out who is a member now and what is whose, and takes up what this node coordinated before. Only then it serves.
 pub(crate) async fn become_current(shared: Arc<Shared>) {
-    shared.membership.become_current().await;
+    shared.membership.confirm().await;
+    let resumed = tokio::spawn(until_stopped(shared.clone(), deployments::resume(shared.clone())));
+    // One may lie on a disk that does not answer.
+    if timeout(RESUME_WAIT, resumed).await.is_err() {
+        tracing::warn!("models of before the start take long to open; they come back later");
+    } else if let Some(state) = shared.membership.state() {
+        let own = state.deployments().filter(|(_, p)| p.coordinator == shared.id);
+        for (id, placed) in own.filter(|(id, _)| !shared.deployments.has(**id)) {
+            // What was not brought back is no more.
+            withdraw(&shared, *id, placed.epoch);
+        }
+    }
+    shared.membership.set_current();
     shared.poll_now.notify_one();
 }
 
@@ -125,11 +146,12 @@ pub(crate) async fn place(
     deployment: DeploymentId,
     epoch: Epoch,
     seats: Vec<Seat>,
+    recipe: Vec<u8>,
 ) -> Result<Epoch, NotPlaced> {
     // After a restart the log knows better than the coordinator, as long as nobody else has placed it since.
     let placed = shared.membership.state().and_then(|s| s.placed(deployment).cloned());
     let own = placed.filter(|p| p.coordinator == shared.id).map_or(epoch, |p| p.epoch.max(epoch));
-    let command = Command::Place { deployment, previous: own, seats, attempt: rand::random() };
+    let command = Command::Place { deployment, previous: own, seats, recipe, attempt: rand::random() };
     match shared.membership.propose(command).await {
         Ok(Response::Epoch(epoch)) => Ok(epoch),
         Ok(_) => Err(NotPlaced::ForGood("the log answered something else; update capstan on all nodes".into())),

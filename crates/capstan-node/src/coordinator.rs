@@ -35,6 +35,7 @@ use crate::blueprint::Blueprint;
 use crate::coordinator::cuts::{Cut, Supply};
 use crate::coordinator::displace::Displacing;
 use crate::node::Shared;
+use crate::saved::Saved;
 use crate::session::{self, SessionEvent};
 
 /// Messages that wait for a coordinator's task.
@@ -158,27 +159,32 @@ pub(crate) struct Coordinator {
 pub(crate) type Outbox = mpsc::Sender<Message>;
 
 impl Coordinator {
-    /// A coordinator for a new load (with `progress`), or one that brings a deployment back after a restart (without).
+    /// A coordinator for a new load (with `progress`), or one that goes on with a deployment (without): its
+    /// own after a restart, or another node's, in this epoch and with those stages before.
     pub(crate) fn new(
         shared: Arc<Shared>,
         blueprint: Blueprint,
         progress: Option<mpsc::Sender<LoadEvent>>,
+        taken: Option<(Epoch, Vec<StagePlan>)>,
     ) -> (Self, Outbox) {
         let (outbox, inbox) = mpsc::channel(QUEUE);
         let model = &blueprint.model.model;
         let stages = blueprint.stages.iter().map(|plan| Stage::new(plan, model, 0)).collect();
         let initial = progress.is_some();
         let cuts_stop = CancellationToken::new();
+        let (epoch, before) = taken.unwrap_or_default();
         let coordinator = Self {
             shared,
             stages,
-            epoch: Epoch(0),
+            epoch,
             placing: false,
             health: if initial { Health::Loading } else { Health::Recovering },
             detail: if initial {
                 blueprint.remark.clone()
-            } else {
+            } else if epoch == Epoch(0) {
                 "its node was restarted; it is being loaded again".into()
+            } else {
+                "the node that looked after it was lost; it is being loaded again".into()
             },
             inbox,
             outbox: outbox.clone(),
@@ -189,7 +195,7 @@ impl Coordinator {
             rewires: VecDeque::new(),
             _cuts_stop: cuts_stop.clone().drop_guard(),
             cuts_stop,
-            displacing: Displacing::new(&blueprint),
+            displacing: Displacing::new(&blueprint, before),
             unloads: Vec::new(),
             blueprint,
         };
@@ -268,13 +274,14 @@ impl Coordinator {
                     self.discard(cut);
                 }
             }
-            Message::Planned(layout, result) => self.planned(layout, result),
+            Message::Planned(question, result) => self.planned(question, result)?,
             Message::Vacate(node, done) => self.vacate(node, done),
             Message::Placed(layout, placed) => self.placed(layout, placed)?,
             Message::MemberLeft(node) => {
-                if let Some(i) = self.stages.iter().position(|s| s.plan.node == node) {
-                    let stage = self.name_stage(i);
-                    return Err(format!("{stage} is gone because its node left the cluster; load the model again"));
+                for i in 0..self.stages.len() {
+                    if self.stages[i].plan.node == node {
+                        self.away(i, "it left the cluster".to_owned())?;
+                    }
                 }
             }
             Message::Unload(_) => {}
@@ -420,7 +427,7 @@ impl Coordinator {
         if self.initial {
             return Err(format!("stage {i} could not be brought up on node {name}: {reason}"));
         }
-        if !self.shared.membership.is_member(node) {
+        if !self.shared.membership.is_member(node) && !self.displacing.may() {
             return Err(format!("stage {i} is gone because node {name} left the cluster; load the model again"));
         }
         let now = Instant::now();
@@ -494,9 +501,9 @@ impl Coordinator {
         }
         let seats = self.stages.iter().map(|s| Seat { node: s.plan.node, layers: s.plan.layers }).collect();
         let (shared, outbox, id, epoch) = (self.shared.clone(), self.outbox.clone(), self.blueprint.id, self.epoch);
-        let layout = self.displacing.layout;
+        let (layout, recipe) = (self.displacing.layout, Saved::recipe(&self.blueprint));
         tokio::spawn(async move {
-            let placed = agreement::place(&shared, id, epoch, seats).await;
+            let placed = agreement::place(&shared, id, epoch, seats, recipe).await;
             outbox.send(Message::Placed(layout, placed)).await.ok();
         });
     }

@@ -4,12 +4,10 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use capstan_planner::{Placement, PlanOptions, StagePlan};
-use capstan_proto::child::Scheduling;
+use capstan_planner::{PlanOptions, StagePlan};
 use capstan_proto::control::{DEPLOYMENTS_MAX, DeploymentList};
 use capstan_proto::manage::{DeploymentStatus, LoadEvent, LoadRequest, ManageError, PlannedStage};
-use capstan_proto::{DeploymentId, LayerRange, NodeId, limits};
-use serde::{Deserialize, Serialize};
+use capstan_proto::{DeploymentId, Epoch, NodeId, limits};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::blueprint::{Blueprint, Choice};
@@ -23,6 +21,7 @@ use crate::membership::{now_ms, now_s};
 use crate::node::Shared;
 use crate::placing;
 use crate::rehearsal::MadeUp;
+use crate::saved::Saved;
 use crate::scheduling::Wanted;
 
 /// Load events that wait for whoever watches.
@@ -30,7 +29,7 @@ const LOAD_QUEUE: usize = 256;
 /// Context of a slot where the user says nothing: enough for a chat, small enough for any machine.
 const CTX_DEFAULT: u32 = 4096;
 /// Longest context that may be asked for: beyond any model, so that products stay far from overflow.
-const CTX_MAX: u32 = 1 << 24;
+pub(crate) const CTX_MAX: u32 = 1 << 24;
 /// Least context: a token of the prompt and one of the answer.
 const CTX_MIN: u32 = 2;
 /// Slots where the user says nothing.
@@ -53,37 +52,6 @@ pub(crate) struct Movable {
     pub(crate) model: OpenModel,
     /// What was asked.
     pub(crate) request: LoadRequest,
-}
-
-/// A deployment on disk: enough to bring it back without planning again.
-#[derive(Clone, Serialize, Deserialize)]
-struct Saved {
-    id: DeploymentId,
-    name: String,
-    path: PathBuf,
-    ctx: u32,
-    slots: u32,
-    ubatch: u32,
-    decode_batch: u32,
-    /// None in files of a capstan before speculation.
-    #[serde(default)]
-    scheduling: Option<Scheduling>,
-    created_unix_s: u64,
-    stages: Vec<SavedStage>,
-    /// What was asked, where the placement was left to the planner.
-    #[serde(default)]
-    request: Option<LoadRequest>,
-    /// None in files of a capstan that always waited for a node.
-    #[serde(default)]
-    choice: Option<Choice>,
-}
-
-#[derive(Clone, Serialize, Deserialize)]
-struct SavedStage {
-    node: NodeId,
-    node_name: String,
-    layers: LayerRange,
-    memory_bytes: u64,
 }
 
 /// What this node coordinates.
@@ -129,6 +97,16 @@ impl Deployments {
         self.entries().values().filter_map(of).collect()
     }
 
+    /// Whether a deployment is coordinated here.
+    pub(crate) fn has(&self, id: DeploymentId) -> bool {
+        self.entries().contains_key(&id)
+    }
+
+    /// The deployments that are coordinated here.
+    pub(crate) fn ids(&self) -> Vec<DeploymentId> {
+        self.entries().keys().copied().collect()
+    }
+
     /// Whether nothing is coordinated here.
     pub(crate) fn is_empty(&self) -> bool {
         self.entries().is_empty()
@@ -149,31 +127,7 @@ impl Deployments {
 
     /// Notes a deployment on disk, so that it comes back after a restart.
     pub(crate) fn keep(&self, b: &Blueprint) {
-        // Nobody misses a rehearsal after a restart.
-        if b.rehearsal.is_some() {
-            return;
-        }
-        let Some(path) = b.model.path() else { return };
-        let stage = |s: &StagePlan| SavedStage {
-            node: s.node,
-            node_name: s.node_name.clone(),
-            layers: s.layers,
-            memory_bytes: s.memory_bytes,
-        };
-        let one = Saved {
-            id: b.id,
-            name: b.name.clone(),
-            path,
-            ctx: b.ctx,
-            slots: b.slots,
-            ubatch: b.ubatch,
-            decode_batch: b.decode_batch,
-            scheduling: Some(b.scheduling.clone()),
-            created_unix_s: b.created_unix_s,
-            stages: b.stages.iter().map(stage).collect(),
-            request: b.request.clone(),
-            choice: Some(b.choice.clone()),
-        };
+        let Some(one) = Saved::of(b) else { return };
         self.save(|saved| {
             saved.retain(|s| s.id != b.id);
             saved.push(one);
@@ -233,8 +187,7 @@ impl Deployments {
 
     /// Ends all deployments of this node.
     pub(crate) async fn unload_all(&self) {
-        let ids: Vec<_> = self.entries().keys().copied().collect();
-        futures::future::join_all(ids.into_iter().map(|id| self.unload(id))).await;
+        futures::future::join_all(self.ids().into_iter().map(|id| self.unload(id))).await;
     }
 }
 
@@ -439,11 +392,21 @@ fn launch(
     blueprint: Blueprint,
     progress: Option<mpsc::Sender<LoadEvent>>,
 ) -> Result<(), ManageError> {
+    launch_at(shared, blueprint, progress, None)
+}
+
+/// The same after an epoch that the deployment has, and stages that it had before.
+fn launch_at(
+    shared: &Arc<Shared>,
+    blueprint: Blueprint,
+    progress: Option<mpsc::Sender<LoadEvent>>,
+    taken: Option<(Epoch, Vec<StagePlan>)>,
+) -> Result<(), ManageError> {
     let id = blueprint.id;
     let status = blueprint.status_before(shared.id);
     let movable = blueprint.request.clone().filter(|_| blueprint.choice == Choice::Planner);
     let asked = movable.map(|request| (blueprint.model.clone(), request));
-    let (coordinator, outbox) = Coordinator::new(shared.clone(), blueprint, progress);
+    let (coordinator, outbox) = Coordinator::new(shared.clone(), blueprint, progress, taken);
     {
         // Checked again under the lock: two loads by the same name may have come at once.
         let mut entries = shared.deployments.entries();
@@ -462,90 +425,38 @@ fn launch(
     Ok(())
 }
 
-/// How a deployment goes on that was noted before there was anything to choose: its memory has no room for guesses.
-fn unguessed() -> Scheduling {
-    Scheduling { speculation_depth: 0, prefix_cache: false, ..Scheduling::default() }
-}
-
-/// Brings back what was served before the node was restarted.
+/// Brings back what was served before the node was restarted, but for what another node has taken over since.
 pub(crate) async fn resume(shared: Arc<Shared>) {
     let saved = shared.deployments.saved.lock().unwrap_or_else(PoisonError::into_inner).clone();
     for one in saved {
-        let stages: Vec<_> = one
-            .stages
-            .iter()
-            .map(|s| StagePlan {
-                node: s.node,
-                node_name: s.node_name.clone(),
-                layers: s.layers,
-                memory_bytes: s.memory_bytes,
-            })
-            .collect();
-        let opened = shared.open_model(one.path.clone()).await.and_then(|model| {
-            // The file may have been replaced meanwhile.
-            Placement::new(model.model.n_layers(), stages.clone(), vec![]).map_err(|e| e.to_string())?;
-            Ok(model)
-        });
-        let (mut scheduling, mut draft) = (one.scheduling.clone().unwrap_or_else(unguessed), None);
-        if let Some(path) = scheduling.draft.clone() {
-            match shared.open_model(path).await {
-                Ok(model) => draft = Some(model),
-                Err(reason) => {
-                    tracing::warn!(model = one.name, reason, "a deployment comes back without its draft model");
-                    scheduling.draft = None;
-                }
-            }
-        }
-        match opened {
-            Ok(model) => {
-                // How rows are taken back is the model's to say, whatever was noted of an earlier file.
-                let rollback = model.rollback();
-                if rollback != scheduling.rollback {
-                    (scheduling, draft) = (Scheduling { rollback, ..unguessed() }, None);
-                }
-                let blueprint = Blueprint {
-                    // A number is never used again: stages elsewhere may still be ending.
-                    id: new_id(),
-                    name: one.name.clone(),
-                    model,
-                    stages,
-                    ctx: one.ctx,
-                    slots: one.slots,
-                    ubatch: one.ubatch,
-                    decode_batch: one.decode_batch,
-                    scheduling,
-                    draft,
-                    created_unix_s: one.created_unix_s,
-                    remark: String::new(),
-                    choice: one.choice.clone().unwrap_or_default(),
-                    request: one.request.clone(),
-                    rehearsal: None,
-                };
-                shared.deployments.save(|saved| saved.retain(|s| s.id != one.id));
-                shared.deployments.keep(&blueprint);
-                if let Err(error) = launch(&shared, blueprint, None) {
-                    tracing::error!(model = one.name, %error, "a deployment could not be brought back");
-                }
-            }
-            Err(reason) => {
-                tracing::error!(model = one.name, reason, "a deployment could not be brought back");
-                shared.deployments.save(|saved| saved.retain(|s| s.id != one.id));
-            }
+        let opened = if shared.is_others(one.id) {
+            Err("another node has taken it over".to_owned())
+        } else {
+            one.open(&shared, one.id).await
+        };
+        let brought = opened.and_then(|blueprint| launch(&shared, blueprint, None).map_err(|e| e.message));
+        if let Err(reason) = brought {
+            shared.deployments.save(|saved| saved.retain(|s| s.id != one.id));
+            tracing::error!(model = one.name, reason, "a deployment was not brought back");
         }
     }
+}
+
+/// Goes on with a deployment that another node coordinated, in an epoch that the cluster has agreed on. It had these
+/// stages before.
+pub(crate) fn take_up(
+    shared: &Arc<Shared>,
+    blueprint: Blueprint,
+    epoch: Epoch,
+    before: Vec<StagePlan>,
+) -> Result<(), ManageError> {
+    shared.deployments.keep(&blueprint);
+    launch_at(shared, blueprint, None, Some((epoch, before)))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn deployments_noted_before_there_was_speculation_come_back() {
-        let old = r#"[{"id":1,"name":"m","path":"/m.gguf","ctx":64,"slots":1,"ubatch":512,"decode_batch":1,
-                      "created_unix_s":1,"stages":[]}]"#;
-        let saved: Vec<Saved> = serde_json::from_str(old).unwrap();
-        assert!(saved[0].scheduling.is_none() && unguessed().speculation_depth == 0);
-    }
 
     #[test]
     fn a_model_is_called_by_its_file() {

@@ -22,6 +22,8 @@ use crate::transcript::Transcript;
 
 /// Stream code of a cancelled request.
 const CANCELLED: VarInt = VarInt::from_u32(2);
+/// How long a new request waits for a majority: two elections.
+const MAJORITY_WAIT: Duration = Duration::from_secs(6);
 /// How often a request that waits looks whether its model answers again.
 const LOOK: Duration = Duration::from_millis(50);
 
@@ -121,9 +123,23 @@ struct Call {
 }
 
 impl Call {
+    /// Waits a moment, as an election takes, until this node knows what counts. Without a majority another node may
+    /// answer for the same model, so this one does not.
+    async fn may_serve(&self) -> Result<(), RequestError> {
+        let until = Instant::now() + MAJORITY_WAIT;
+        while let Some(why) = self.shared.membership.why_silent() {
+            if Instant::now() > until {
+                return Err(RequestError::new(ErrorKind::Unavailable, why));
+            }
+            sleep(LOOK).await;
+        }
+        Ok(())
+    }
+
     /// Hands the request, as far as it has come, to the driver that is there now.
     async fn attempt(&mut self) -> Result<Source, Refusal> {
         let shared = &self.shared;
+        self.may_serve().await?;
         let deployment = find(shared, self.transcript.model())?;
         let driver = deployment.stages.last().map(|s| s.node).ok_or_else(|| {
             RequestError::new(ErrorKind::Internal, "the deployment has no stages; load the model again")

@@ -19,6 +19,7 @@
 //! | `assembling`, `supply` | files put together here and elsewhere; a stage's shard from parts |
 //! | `replicas` | copies of layers, and which may be deleted |
 //! | `scheduling` | what a load asks of the scheduler, and what follows for a placement |
+//! | `saved`, `takeover` | a deployment written down; who goes on with it when its coordinator is lost |
 //! | `session` | a coordinator's hold on one stage, wherever it runs |
 //! | `stages`, `requests` | the stages that run here; a request's events, bounded |
 //! | `rehearsal` | weights that are made up here, for a stage that only rehearses |
@@ -69,12 +70,14 @@ mod rehearsal;
 mod replicas;
 mod requests;
 mod runs;
+mod saved;
 mod scheduling;
 pub mod service;
 mod service_impl;
 mod session;
 mod stages;
 mod supply;
+mod takeover;
 mod throttle;
 mod transcript;
 mod view;

@@ -18,7 +18,7 @@ use capstan_cluster::{
 };
 use capstan_proto::control::Join;
 use capstan_proto::manage::ManageError;
-use capstan_proto::{ClusterId, NodeId};
+use capstan_proto::{ClusterId, DeploymentId, Epoch, NodeId};
 use serde::{Deserialize, Serialize};
 use tokio::time::{sleep, timeout};
 
@@ -255,17 +255,55 @@ impl Membership {
         self.current.load(Ordering::Relaxed)
     }
 
-    /// Asks until a majority has told who is a member now.
-    pub(crate) async fn become_current(&self) {
+    /// From now on this node serves.
+    pub(crate) fn set_current(&self) {
+        self.current.store(true, Ordering::Relaxed);
+    }
+
+    /// Asks until a majority has told what is agreed on now.
+    pub(crate) async fn confirm(&self) {
         while !self.is_current() {
             let others: Vec<NodeId> = self.others().iter().map(|m| m.id).collect();
             match self.replica() {
-                Some(replica) if replica.confirm(PROPOSE_LIMIT, &others).await => {
-                    self.current.store(true, Ordering::Relaxed);
-                }
+                Some(replica) if replica.confirm(PROPOSE_LIMIT, &others).await => return,
                 _ => sleep(Duration::from_millis(100)).await,
             }
         }
+    }
+
+    /// Why this node may not serve at the moment: it does not know what counts now.
+    pub(crate) fn why_silent(&self) -> Option<String> {
+        self.why_not().or_else(|| {
+            let starting = "this node has just started and asks the others what has changed";
+            (!self.is_current()).then(|| starting.to_owned())
+        })
+    }
+
+    /// Returns when another than this member coordinates a deployment.
+    pub(crate) async fn overruled(&self, deployment: DeploymentId, coordinator: NodeId) {
+        self.once(|state| state.placed(deployment).is_some_and(|p| p.coordinator != coordinator)).await;
+    }
+
+    /// Returns when no other than this member coordinates a deployment.
+    pub(crate) async fn counts(&self, deployment: DeploymentId, coordinator: NodeId) {
+        self.once(|state| state.placed(deployment).is_none_or(|p| p.coordinator == coordinator)).await;
+    }
+
+    /// Returns when this is so, as far as the log has come here.
+    async fn once(&self, so: impl Fn(&State) -> bool) {
+        let Some(replica) = self.replica() else { return std::future::pending().await };
+        let mut changes = replica.changes();
+        // It must not be held here: its file is let go when the last hold is.
+        drop(replica);
+        if changes.wait_for(|a| so(&a.state)).await.is_err() {
+            // The log has ended, and with it the stages of that cluster.
+            std::future::pending::<()>().await;
+        }
+    }
+
+    /// Whether an epoch of a deployment is over.
+    pub(crate) fn is_over(&self, deployment: DeploymentId, epoch: Epoch) -> bool {
+        self.state().is_some_and(|s| s.placed(deployment).is_some_and(|p| p.epoch > epoch))
     }
 
     /// Active members other than this node.

@@ -43,6 +43,7 @@ use crate::raft_link::{REMOVED, RaftProtocol};
 use crate::rehearsal::Rehearsals;
 use crate::replicas;
 use crate::stages::StageHost;
+use crate::takeover;
 use crate::view::View;
 
 /// How often members poll each other.
@@ -204,8 +205,20 @@ impl Shared {
     /// Deployments of the whole cluster, as this node knows them.
     pub(crate) fn all_deployments(&self) -> Vec<DeploymentStatus> {
         let mut all = self.deployments.list();
-        all.extend(self.view.deployments());
+        let placed = self.membership.state();
+        // A node that was away may still tell of a deployment that another has taken over.
+        let counts = |d: &DeploymentStatus| {
+            let placed = placed.as_ref().and_then(|state| state.placed(d.id));
+            placed.is_none_or(|p| p.coordinator == d.coordinator) && !self.deployments.has(d.id)
+        };
+        all.extend(self.view.deployments().into_iter().filter(counts));
         all
+    }
+
+    /// Whether the cluster has agreed that another node coordinates this deployment.
+    pub(crate) fn is_others(&self, id: DeploymentId) -> bool {
+        let state = self.membership.state();
+        state.and_then(|s| s.placed(id).map(|p| p.coordinator != self.id)).unwrap_or(false)
     }
 
     /// The cluster as this node sees it.
@@ -328,9 +341,6 @@ pub struct Node {
     router: Router,
 }
 
-/// How long the start waits until the models of before are open; one may lie on a disk that does not answer.
-const RESUME_WAIT: Duration = Duration::from_secs(10);
-
 impl Node {
     /// Starts a node: opens its folder, binds its socket, and takes up its cluster and deployments where it left them.
     pub async fn start(config: NodeConfig) -> Result<Arc<Node>, NodeError> {
@@ -383,11 +393,6 @@ impl Node {
             shared.machine.set_profile(profile);
         }
         agreement::take_part(&shared).await?;
-        // Before others can ask: a node must not say that it serves nothing while it only has not looked yet.
-        let resumed = tokio::spawn(until_stopped(shared.clone(), deployments::resume(shared.clone())));
-        if timeout(RESUME_WAIT, resumed).await.is_err() {
-            tracing::warn!("models of before the start take long to open; they come back later");
-        }
         let may_fetch =
             move |peer: iroh::EndpointId| membership.is_current() && membership.is_member(endpoint::node_id(peer));
         let router = Router::builder(endpoint)
@@ -406,6 +411,7 @@ impl Node {
         tokio::spawn(until_stopped(shared.clone(), agreement::become_current(shared.clone())));
         tokio::spawn(until_stopped(shared.clone(), agreement::keep_loop(shared.clone())));
         tokio::spawn(until_stopped(shared.clone(), agreement::refresh_loop(shared.clone())));
+        tokio::spawn(until_stopped(shared.clone(), takeover::takeover_loop(shared.clone())));
         tokio::spawn(close_when_stopped(shared.clone()));
         tokio::spawn(until_stopped(shared.clone(), poll_loop(shared.clone())));
         tokio::spawn(until_stopped(shared.clone(), push_loop(shared.clone())));

@@ -1,10 +1,13 @@
 //! A coordinator's hold on one stage: commands in, events out, wherever the stage runs.
 use std::sync::Arc;
+use std::time::Duration;
 
+use capstan_proto::child::Wiring;
 use capstan_proto::control::{ADDRS_MAX, Request, StageCommand, StageEvent, StageOrder};
 use capstan_proto::{NodeId, limits};
 use iroh::endpoint::{RecvStream, SendStream, VarInt};
 use tokio::sync::mpsc;
+use tokio::time::timeout;
 
 use crate::arrival::FileSource;
 use crate::frames;
@@ -14,6 +17,9 @@ use crate::stages::{STAGE_QUEUE, run_stage};
 
 /// Stream code of a side that gives up.
 const GONE: VarInt = VarInt::from_u32(1);
+
+/// How long what the cluster has agreed on may take to come here.
+const LOG_LAG: Duration = Duration::from_secs(2);
 
 /// What happens to a stage, as its coordinator sees it.
 pub(crate) enum SessionEvent {
@@ -110,12 +116,34 @@ pub(crate) async fn serve(
     let (commands, command_rx) = mpsc::channel(STAGE_QUEUE);
     let (event_tx, mut events) = mpsc::channel(STAGE_QUEUE);
     let orders = Orders { commands: command_rx, sender: commands.downgrade() };
+    let (membership, deployment) = (shared.membership.clone(), order.spec.deployment);
+    // Who has just taken the deployment over may be quicker than the log.
+    if timeout(LOG_LAG, membership.counts(deployment, coordinator)).await.is_err() {
+        let reason = "was refused because another node looks after the model now".to_owned();
+        frames::write(&mut send, &StageEvent::Ended { reason }, limits::MESSAGE_BYTES_MAX).await.ok();
+        send.finish().ok();
+        return;
+    }
     tokio::spawn(run_stage(shared, order, FileSource::There(coordinator), orders, event_tx));
     let reader = tokio::spawn(async move {
-        // Whatever ends this loop drops `commands`, which ends the stage.
-        while let Ok(Some(command)) = frames::read(&mut recv, limits::MESSAGE_BYTES_MAX).await {
-            if commands.send(command).await.is_err() {
-                return;
+        let read = async {
+            while let Ok(Some(command)) = frames::read(&mut recv, limits::MESSAGE_BYTES_MAX).await {
+                if let StageCommand::Connect(Wiring { epoch, .. }) = &command
+                    && membership.is_over(deployment, *epoch)
+                {
+                    tracing::warn!(%deployment, epoch = epoch.0, "an epoch that is over was refused");
+                    return;
+                }
+                if commands.send(command).await.is_err() {
+                    return;
+                }
+            }
+        };
+        // Whatever ends this drops `commands`, which ends the stage.
+        tokio::select! {
+            () = read => {}
+            () = membership.overruled(deployment, coordinator) => {
+                tracing::warn!(%deployment, "a coordinator was overruled, its stage ends");
             }
         }
     });

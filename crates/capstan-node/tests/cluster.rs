@@ -93,14 +93,28 @@ async fn outcome(node: &Node, request: LoadRequest) -> Vec<LoadEvent> {
     all
 }
 
-/// A compute child that says these messages, then neither listens nor ends. Each start adds its number to the file. What
-/// the second start says may be in `frames.2` instead.
+/// A compute child that says these messages, then neither answers nor ends. Each start adds its number to the file.
+/// From where it says that it is connected on, it waits for orders first, and says it again after each.
 fn rote_child(dir: &Path, says: &[FromChild]) -> (Vec<std::ffi::OsString>, PathBuf) {
     let (frames, pids) = (dir.join("frames"), dir.join("frames.pids"));
-    let bytes = says.iter().flat_map(|m| codec::encode(m, limits::MESSAGE_BYTES_MAX).unwrap()).collect::<Vec<_>>();
-    std::fs::write(&frames, bytes).unwrap();
-    let script = r#"case "$1" in --*) exit 1;; esac; echo $$ >> "$0.pids"; f="$0.$(wc -l < "$0.pids")"; [ -f "$f" ] || f="$0"; cat "$f"; exec sleep 600"#;
+    let write = |path: &Path, says: &[FromChild]| {
+        let bytes = says.iter().flat_map(|m| codec::encode(m, limits::MESSAGE_BYTES_MAX).unwrap()).collect::<Vec<_>>();
+        std::fs::write(path, bytes).unwrap();
+    };
+    let unasked = says.iter().position(|m| matches!(m, FromChild::Connected { .. })).unwrap_or(says.len());
+    write(&frames, &says[..unasked]);
+    write(&dir.join("frames.asked"), &says[unasked..]);
+    let order = r#"set -- $(dd bs=1 count=4 2>/dev/null | od -An -tu1); dd bs=1 count=$(($1 + $2 * 256)) >/dev/null 2>&1"#;
+    let listen = format!(r#"while {order}; do cat "$0.asked"; done"#);
+    let script = format!(
+        r#"case "$1" in --*) exit 1;; esac; echo $$ >> "$0.pids"; cat "$0"; exec 3<&0; [ -s "$0.asked" ] && {{ {listen}; }} <&3 2>/dev/null & exec sleep 600"#
+    );
     (vec!["sh".into(), "-c".into(), script.into(), frames.into()], pids)
+}
+
+/// A child says that it is connected, whichever of the first epochs is meant.
+fn connected() -> impl Iterator<Item = FromChild> {
+    (1..8).map(|epoch| FromChild::Connected { epoch: Epoch(epoch) })
 }
 
 fn started(pids: &Path) -> Vec<String> {
@@ -480,14 +494,7 @@ async fn a_driver_that_says_nothing_of_its_requests_is_started_again() {
         FromChild::Hello { version: CHILD_VERSION },
         FromChild::Loaded { addr: PeerAddr { key: [7; 32], addrs: vec![] }, info: StageInfo::default() },
     ];
-    let (mut command, pids) = rote_child(dir.path(), &says);
-    // This one also waits for two orders, to load and to connect, before it says that it is connected.
-    let connected = FromChild::Connected { epoch: Epoch(1) };
-    let connected = codec::encode(&connected, limits::MESSAGE_BYTES_MAX).unwrap();
-    std::fs::write(dir.path().join("frames.connected"), connected).unwrap();
-    let order = r#"set -- $(dd bs=1 count=4 2>/dev/null | od -An -tu1); dd bs=1 count=$(($1 + $2 * 256)) >&2"#;
-    let wait = format!(r#"cat "$0"; {order}; {order}; cat "$0.connected";"#);
-    command[2] = command[2].to_str().unwrap().replace(r#"cat "$f";"#, &wait).into();
+    let (command, pids) = rote_child(dir.path(), &says.into_iter().chain(connected()).collect::<Vec<_>>());
     let mut config = config(dir.path(), "a");
     (config.compute_command, config.stall_limit) = (command, Duration::from_millis(200));
     let a = Node::start(config).await.unwrap();
@@ -518,13 +525,9 @@ async fn a_coordinator_that_comes_back_gets_its_stage_though_the_old_one_still_e
             addr: PeerAddr { key: [7; 32], addrs: vec![] },
             info: StageInfo { kv_bytes: need, ..StageInfo::default() },
         },
-        FromChild::Connected { epoch: Epoch(1) },
     ];
+    let says: Vec<_> = says.into_iter().chain(connected()).collect();
     let (command, pids) = rote_child(b_dir.path(), &says);
-    // The second time it is another epoch's stage.
-    let again = [&says[..2], &[FromChild::Connected { epoch: Epoch(2) }]].concat();
-    let bytes = again.iter().flat_map(|m| codec::encode(m, limits::MESSAGE_BYTES_MAX).unwrap()).collect::<Vec<_>>();
-    std::fs::write(b_dir.path().join("frames.2"), bytes).unwrap();
     let mut b_config = config(b_dir.path(), "b");
     b_config.compute_command = command;
     b_config.memory_limit_bytes = Some(need + need / 2);
@@ -575,8 +578,8 @@ async fn a_model_moves_by_itself_to_a_node_that_is_faster_and_says_why() {
     let says = [
         FromChild::Hello { version: CHILD_VERSION },
         FromChild::Loaded { addr: PeerAddr { key: [7; 32], addrs: vec![] }, info: StageInfo::default() },
-        FromChild::Connected { epoch: Epoch(1) },
     ];
+    let says: Vec<_> = says.into_iter().chain(connected()).collect();
     let start = async |name: &str, layer_s: f64| {
         let dir = tempfile::tempdir().unwrap();
         let mut config = config(dir.path(), name);

@@ -56,13 +56,15 @@ struct Leaving {
 }
 
 impl Displacing {
-    pub(super) fn new(blueprint: &Blueprint) -> Self {
+    /// Of a deployment that had these stages with another coordinator, if it had one.
+    pub(super) fn new(blueprint: &Blueprint, before: Vec<StagePlan>) -> Self {
+        let moved = !before.is_empty() && before.len() != blueprint.stages.len();
         Self {
             layout: 0,
             look_at: Instant::now() + LOOK_EVERY,
             planning: false,
             ask_at: None,
-            home: None,
+            home: moved.then_some(before),
             stay: false,
             idle_since: None,
             // A rehearsal measures the placement that it was given.
@@ -70,6 +72,11 @@ impl Displacing {
             question: 0,
             leaving: None,
         }
+    }
+
+    /// Whether the layers may go to other nodes.
+    pub(super) fn may(&self) -> bool {
+        self.may
     }
 
     /// When the nodes are looked at next.
@@ -115,6 +122,9 @@ impl Coordinator {
     fn given_up(&self, stage: &Stage, now: Instant) -> bool {
         let Some(since) = stage.away_since else { return false };
         let membership = &self.shared.membership;
+        if !membership.is_member(stage.plan.node) {
+            return true;
+        }
         if membership.online(stage.plan.node) {
             return false;
         }
@@ -226,9 +236,9 @@ impl Coordinator {
     }
 
     /// What the planner says.
-    pub(super) fn planned(&mut self, question: u64, result: Result<Placement, String>) {
+    pub(super) fn planned(&mut self, question: u64, result: Result<Placement, String>) -> Result<(), String> {
         if question != self.displacing.question {
-            return;
+            return Ok(());
         }
         self.displacing.planning = false;
         self.displacing.ask_at = Some(Instant::now() + ASK_AGAIN);
@@ -237,7 +247,7 @@ impl Coordinator {
                 Ok(placement) => self.leave(node, placement),
                 Err(reason) => self.not_vacated(format!("the other nodes cannot hold it: {reason}")),
             }
-            return;
+            return Ok(());
         }
         let away: Vec<_> = self.stages.iter().filter(|s| s.away_since.is_some()).map(|s| s.plan.node).collect();
         let names: Vec<_> = away.iter().map(|n| self.shared.membership.name_of(*n)).collect();
@@ -255,6 +265,10 @@ impl Coordinator {
                 self.replace(placement, &format!("without node {}", names.join(" and ")));
                 self.displacing.home = Some(home);
             }
+            Err(reason) if away.iter().any(|node| !self.shared.membership.is_member(*node)) => {
+                let names = names.join(" and ");
+                return Err(format!("node {names} left the cluster, and the others cannot take over: {reason}"));
+            }
             Err(reason) if !away.is_empty() => {
                 self.trouble(format!(
                     "waiting for node {}; the others cannot take over: {reason}",
@@ -263,6 +277,7 @@ impl Coordinator {
             }
             Err(reason) => tracing::info!(model = self.blueprint.name, reason, "the model stays where it is"),
         }
+        Ok(())
     }
 
     /// Another placement did not come up: back to the one that worked, to wait for its nodes. False when there is none.

@@ -67,7 +67,9 @@ impl Coordinator {
     /// Forgets the deployment, and tells who waits for that.
     pub(super) async fn remove(&mut self) {
         self.shared.deployments.remove(self.blueprint.id);
-        agreement::withdraw(&self.shared, self.blueprint.id, self.epoch);
+        if !self.shared.is_others(self.blueprint.id) {
+            agreement::withdraw(&self.shared, self.blueprint.id, self.epoch);
+        }
         self.shared.cutter.clear(self.blueprint.id).await;
         self.shared.push_deployments().await;
         for done in self.unloads.drain(..) {

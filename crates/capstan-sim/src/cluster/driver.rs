@@ -36,6 +36,7 @@ pub async fn drive(nodes: Arc<Vec<Arc<Node>>>, node: Arc<Node>, deployment: Depl
         deployment,
         previous: previous.map_or(Epoch(0), |p| p.epoch),
         seats: seats.clone(),
+        recipe: vec![],
         attempt: net.draw(|dice| dice.bits()),
     };
     let Some(Ok(Response::Epoch(epoch))) = node.propose(command).await else { return };

@@ -171,6 +171,8 @@ enum Trouble {
     MiddleDaemon,
     /// The same to the daemon that has the driver.
     DriverDaemon,
+    /// The same to the daemon that coordinates; another one goes on with the model.
+    CoordinatorDaemon,
     /// Every daemon is stopped in order and started again, one after the other.
     RollingRestart,
 }
@@ -192,8 +194,17 @@ fn signal(pid: u32, name: &str) {
 impl Chaos {
     async fn start(seed: u64) -> Self {
         let cluster = Cluster::start(&["alpha", "beta", "gamma"]).await;
+        // With a copy on each node, as `--replicas` keeps them, any node may be lost, its coordinator too.
+        let (file, folder) = (format!("file:{}", models::smollm2().display()), cluster.nodes[0].data_dir.clone());
+        crate::daemons::capstan(&folder, &["pull", &file, "--name", "smol", "--replicas", "3"]).await;
+        wait_for("every node has a copy", || async {
+            let models = crate::daemons::capstan(&folder, &["models", "--json"]).await;
+            let models: Value = serde_json::from_str(&models).expect("JSON");
+            (models[0]["copies"].as_u64() >= Some(3)).then_some(())
+        })
+        .await;
         let more = ["--ctx", "1024", "--slots", "8", "--decode-batch", "1"];
-        cluster.load(&models::smollm2(), "smol", &more).await;
+        cluster.load(std::path::Path::new("smol"), "smol", &more).await;
         let (http, tokens) = (reqwest::Client::new(), Arc::new(AtomicU64::new(0)));
         let mut wanted = Vec::new();
         for prompt in 0..PROMPTS.len() {
@@ -228,11 +239,16 @@ impl Chaos {
 
     /// Makes trouble while [`STREAMS`] clients ask, until each round of trouble is over and `requests` were answered.
     async fn run(&mut self, trouble: Trouble, rounds: usize, requests: usize) -> Report {
-        let daemons = matches!(trouble, Trouble::MiddleDaemon | Trouble::DriverDaemon);
+        let daemons = matches!(trouble, Trouble::MiddleDaemon | Trouble::DriverDaemon | Trouble::CoordinatorDaemon);
         let deployment = self.settled(3).await;
         let victim = match trouble {
             Trouble::MiddleDaemon => self.index_of(&deployment, 1),
             Trouble::DriverDaemon => self.index_of(&deployment, 2),
+            Trouble::CoordinatorDaemon => {
+                let nodes = self.cluster.nodes[0].status().await.nodes;
+                let name = nodes.iter().find(|n| n.id == deployment.coordinator).map(|n| n.name.clone());
+                self.cluster.nodes.iter().position(|n| Some(&n.name) == name.as_ref()).expect("a node of ours")
+            }
             _ => 0,
         };
         // Clients talk to nodes that live; as behind any balancer, one that is gone is not asked.
@@ -315,11 +331,15 @@ impl Chaos {
                 signal(before.stages[stage].pid.expect("it runs"), name);
                 self.cluster.nodes[0].wait_ready("smol", before.epoch.0).await;
             }
-            Trouble::MiddleDaemon | Trouble::DriverDaemon => {
-                let before = self.cluster.nodes[0].wait_ready("smol", 0).await;
+            Trouble::MiddleDaemon | Trouble::DriverDaemon | Trouble::CoordinatorDaemon => {
+                let eye = (victim + 1) % self.cluster.nodes.len();
+                let before = self.cluster.nodes[eye].wait_ready("smol", 0).await;
                 self.cluster.nodes[victim].kill().await;
                 // The others take its layers over, and it comes back while they serve.
-                self.cluster.nodes[0].wait_ready("smol", before.epoch.0).await;
+                let after = self.cluster.nodes[eye].wait_ready("smol", before.epoch.0).await;
+                if trouble == Trouble::CoordinatorDaemon {
+                    assert_ne!(after.coordinator, before.coordinator, "{after:?}");
+                }
                 self.restart(victim).await;
             }
             Trouble::RollingRestart => {
@@ -345,12 +365,13 @@ fn check(report: &Report, trouble: Trouble) {
     assert!(!report.pauses.is_empty(), "{trouble:?} interrupted nobody");
 }
 
-const ALL: [Trouble; 6] = [
+const ALL: [Trouble; 7] = [
     Trouble::StageChild,
     Trouble::DriverChild,
     Trouble::FrozenChild,
     Trouble::MiddleDaemon,
     Trouble::DriverDaemon,
+    Trouble::CoordinatorDaemon,
     Trouble::RollingRestart,
 ];
 

@@ -204,3 +204,43 @@ async fn a_restarted_daemon_comes_back_to_its_cluster() {
         .await;
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_is_drained_and_removed_while_an_answer_goes_on() {
+    let cluster = Cluster::start(&["alpha", "beta"]).await;
+    // One sequence a micro-batch: the same bits wherever the layers are.
+    cluster.load(&models::smollm2(), "smol", &["--ctx", "1024", "--decode-batch", "1"]).await;
+    let [alpha, beta] = &cluster.nodes[..] else { unreachable!() };
+    let mut question = chat("smol", "Write a short story about a lighthouse keeper.", 300);
+    question["ignore_eos"] = json!(true);
+    let (_, undisturbed) = alpha.post("/v1/chat/completions", &question).await;
+    let (refused, _, stderr) = try_capstan(&alpha.data_dir, &["node", "drain", "delta"]).await;
+    assert!(!refused && stderr.contains("capstan nodes"), "{stderr}");
+
+    let (answer, ()) = tokio::join!(alpha.post("/v1/chat/completions", &question), async {
+        wait_for("it is being answered", || async {
+            let stages = alpha.deployment("smol").await?.stages;
+            stages.iter().any(|s| s.stats.slots_used > 0).then_some(())
+        })
+        .await;
+        alpha.cli(&["node", "drain", "beta"]).await;
+    });
+    assert_eq!(answer.0, 200, "{}", answer.1);
+    assert_eq!(answer.1["choices"][0]["message"], undisturbed["choices"][0]["message"]);
+    let drained = alpha.deployment("smol").await.unwrap();
+    assert!(drained.stages.iter().all(|s| s.node_name == "alpha"), "{drained:?}");
+    assert!(drained.detail.contains("drained"), "{drained:?}");
+
+    let nodes: Value = serde_json::from_str(&alpha.cli(&["nodes", "--json"]).await).unwrap();
+    assert_eq!(nodes.as_array().unwrap().iter().filter(|n| n["votes"] == true).count(), 1, "{nodes}");
+    let agreement = alpha.status().await.agreement;
+    assert!(agreement.contains("votes alone"), "{agreement}");
+    alpha.cli(&["node", "remove", "beta"]).await;
+    assert_eq!(alpha.status().await.nodes.len(), 1);
+    wait_for("the removed node is alone", || async { (beta.status().await.nodes.len() == 1).then_some(()) }).await;
+    let ticket: Value = serde_json::from_str(&alpha.cli(&["ticket", "--json"]).await).unwrap();
+    let (ok, _, stderr) = try_capstan(&beta.data_dir, &["join", ticket["ticket"].as_str().unwrap()]).await;
+    assert!(!ok && stderr.contains("removed"), "{stderr}");
+    let (status, _) = alpha.post("/v1/chat/completions", &question).await;
+    assert_eq!(status, 200, "it serves on");
+}

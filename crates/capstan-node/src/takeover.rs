@@ -1,0 +1,145 @@
+//! A coordinator that is lost does not take its deployments with it: another node goes on with them.
+//!
+//! Every node looks; the cluster's log decides. Who has the recipe (it travels in the log) and can open the model asks to
+//! place it anew, by compare and set on the epoch of before, so that of several one wins. A node that comes back finds in
+//! the log that its deployment is another's now, and lets it go.
+//!
+//! A model of the catalogue can be taken over, for its header is known to all and its layers are where they were copied
+//! to. One that was loaded from a file lies on its coordinator alone: it waits for that node.
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use capstan_cluster::fence::{LEASE_MS, TAKEOVER_MS};
+use capstan_cluster::{Placed, Seat};
+use capstan_planner::StagePlan;
+use capstan_proto::{DeploymentId, NodeId};
+use tokio::time::{Instant, sleep};
+
+use crate::agreement::{self, NotPlaced};
+use crate::blueprint::{Blueprint, Choice};
+use crate::deployments;
+use crate::fleet::Fleet;
+use crate::node::Shared;
+use crate::placing;
+use crate::saved::Saved;
+use crate::scheduling::Wanted;
+
+/// How often coordinators are looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(250);
+/// How long a coordinator may be away that said goodbye: it is being restarted, most likely.
+const GOODBYE_GRACE: Duration = Duration::from_secs(15);
+/// How much longer the next node waits, so that usually only one tries.
+const TURN: Duration = Duration::from_secs(1);
+/// How long after an attempt that failed the next one is made.
+const TRY_AGAIN: Duration = Duration::from_secs(5);
+
+/// Looks again and again whether a coordinator is lost.
+pub(crate) async fn takeover_loop(shared: Arc<Shared>) {
+    let mut away: HashMap<NodeId, Instant> = HashMap::new();
+    let mut tried: HashMap<DeploymentId, Instant> = HashMap::new();
+    loop {
+        sleep(LOOK_EVERY).await;
+        let Some(state) = shared.membership.state().filter(|_| may_act(&shared)) else { continue };
+        let now = Instant::now();
+        let coordinators: Vec<NodeId> = state.deployments().map(|(_, p)| p.coordinator).collect();
+        away.retain(|node, _| coordinators.contains(node) && !shared.membership.online(*node));
+        for node in coordinators {
+            if !shared.membership.online(node) {
+                away.entry(node).or_insert(now);
+            }
+        }
+        tried.retain(|id, at| state.placed(*id).is_some() && now < *at + TRY_AGAIN);
+        for (id, placed) in state.deployments() {
+            let nobodys = placed.recipe.is_empty() && !shared.membership.is_member(placed.coordinator);
+            if nobodys && leads(&shared, shared.id) {
+                // Whoever could have brought it back is no member any more.
+                agreement::withdraw(&shared, *id, placed.epoch);
+            }
+            let lost = away.get(&placed.coordinator).is_some_and(|since| lost(&shared, placed.coordinator, *since, now));
+            if !lost || placed.recipe.is_empty() || shared.deployments.has(*id) || tried.contains_key(id) {
+                continue;
+            }
+            if let Err(reason) = take_over(&shared, *id, placed).await {
+                let coordinator = shared.membership.name_of(placed.coordinator);
+                tracing::warn!(coordinator, reason, "a deployment of a lost node could not be taken over");
+                tried.insert(*id, Instant::now());
+            }
+        }
+    }
+}
+
+/// Whether this node may look after others' deployments: it knows the state of the cluster, and is not about to end.
+fn may_act(shared: &Shared) -> bool {
+    shared.membership.is_current() && shared.membership.why_not().is_none() && !shared.draining.is_cancelled()
+}
+
+/// Whether a coordinator has been away for so long that it does not serve any more, and it is this node's turn.
+fn lost(shared: &Shared, node: NodeId, since: Instant, now: Instant) -> bool {
+    let membership = &shared.membership;
+    let away = now.duration_since(since);
+    let wait = if !membership.is_member(node) || membership.fell_silent(node) {
+        // Its lease was running while it was silent; what is left of it is the difference of two clocks.
+        Duration::from_millis(TAKEOVER_MS - LEASE_MS)
+    } else {
+        GOODBYE_GRACE
+    };
+    // The leader knows best who is there; then in the order of keys.
+    let mut online: Vec<NodeId> = membership.others().iter().map(|m| m.id).filter(|n| membership.online(*n)).collect();
+    online.push(shared.id);
+    online.sort_by_key(|id| (!leads(shared, *id), *id));
+    let turn = online.iter().position(|id| *id == shared.id).unwrap_or(0) as u32;
+    away > wait + TURN * turn
+}
+
+fn leads(shared: &Shared, id: NodeId) -> bool {
+    shared.membership.standing().leader.is_some_and(|l| l.node == id)
+}
+
+/// Goes on with a deployment on the nodes that are there.
+async fn take_over(shared: &Arc<Shared>, id: DeploymentId, placed: &Placed) -> Result<(), String> {
+    let saved = Saved::read(&placed.recipe)?;
+    let mut blueprint = saved.open(shared, id).await?;
+    let before = std::mem::take(&mut blueprint.stages);
+    blueprint.stages = stages(shared, &blueprint, &before).await?;
+    let wanted = Wanted::of(&blueprint);
+    (blueprint.scheduling, blueprint.draft) = wanted.scheduling(blueprint.stages.len());
+    let seats = blueprint.stages.iter().map(|s| Seat { node: s.node, layers: s.layers }).collect();
+    let recipe = Saved::recipe(&blueprint);
+    let epoch = match agreement::place(shared, id, placed.epoch, seats, recipe).await {
+        Ok(epoch) => epoch,
+        // Another was faster.
+        Err(NotPlaced::ForGood(_)) if shared.membership.state().is_none_or(|s| s.placed(id) != Some(placed)) => {
+            return Ok(());
+        }
+        Err(NotPlaced::ForNow(why) | NotPlaced::ForGood(why)) => return Err(why),
+    };
+    let coordinator = shared.membership.name_of(placed.coordinator);
+    tracing::warn!(model = saved.name, coordinator, epoch = epoch.0, "a deployment of a lost node goes on from here");
+    deployments::take_up(shared, blueprint, epoch, before).map_err(|e| e.message)
+}
+
+/// Where the layers go: where they are, if all those nodes are there; else as the planner says.
+async fn stages(shared: &Arc<Shared>, blueprint: &Blueprint, before: &[StagePlan]) -> Result<Vec<StagePlan>, String> {
+    let membership = &shared.membership;
+    let there = |s: &&StagePlan| membership.online(s.node);
+    if before.iter().all(|s| membership.online(s.node)) {
+        return Ok(before.to_vec());
+    }
+    let nodes = match &blueprint.choice {
+        Choice::Layers => {
+            let missing: Vec<_> = before.iter().filter(|s| !there(s)).map(|s| membership.name_of(s.node)).collect();
+            return Err(format!("somebody fixed its layers, and of its nodes {} are missing", missing.join(", ")));
+        }
+        Choice::Nodes(named) => named.iter().copied().filter(|n| membership.online(*n)).collect::<Vec<_>>(),
+        Choice::Planner => vec![],
+    };
+    if nodes.is_empty() && blueprint.choice != Choice::Planner {
+        return Err("none of the nodes that were named for it is there".to_owned());
+    }
+    let options = Wanted::of(blueprint).options(blueprint, nodes);
+    let held: Vec<_> = before.iter().filter(there).map(|s| (s.node, s.memory_bytes)).collect();
+    let fleet = Fleet::of(shared).with_free(&held);
+    let placed = placing::place_on(shared, fleet, &blueprint.model, options, false).await;
+    placed.map(|(placement, _)| placement.stages().to_vec()).map_err(|e| e.message)
+}
