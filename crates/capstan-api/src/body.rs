@@ -1,9 +1,16 @@
-//! A bounded body becomes a typed value, or a sentence that says where it is wrong.
+//! A bounded body becomes a typed value, or a sentence that says where it is wrong; events become lines of JSON.
+use std::convert::Infallible;
+
+use axum::body::Body;
 use axum::extract::rejection::BytesRejection;
 use axum::extract::{FromRequest, Request};
-use axum::http::StatusCode;
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
+use futures::stream;
+use serde::Serialize;
 use serde::de::DeserializeOwned;
+use tokio::sync::mpsc;
 
 use crate::error::{ApiError, quote};
 
@@ -31,6 +38,28 @@ impl<A: DeserializeOwned, B: DeserializeOwned, S: Send + Sync> FromRequest<S> fo
         let bytes = Bytes::from_request(request, state).await.map_err(unreadable)?;
         Ok(Self(parse(&bytes)?, parse(&bytes)?))
     }
+}
+
+/// Events as lines of JSON, up to the last one. A source that breaks off before that gets `broken_off` as its last. A
+/// client that goes away stops nothing.
+pub(crate) fn lines<T: Serialize + Send + 'static>(
+    events: mpsc::Receiver<T>,
+    is_last: fn(&T) -> bool,
+    broken_off: fn() -> T,
+) -> Response {
+    let lines = stream::unfold((events, false), move |(mut events, ended)| async move {
+        if ended {
+            return None;
+        }
+        let event = events.recv().await.unwrap_or_else(broken_off);
+        let mut line = serde_json::to_vec(&event).unwrap_or_else(|e| {
+            tracing::error!("an event could not be written as JSON: {e}");
+            b"{}".to_vec()
+        });
+        line.push(b'\n');
+        Some((Ok::<_, Infallible>(Bytes::from(line)), (events, is_last(&event))))
+    });
+    ([(header::CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(lines)).into_response()
 }
 
 fn unreadable(rejection: BytesRejection) -> ApiError {

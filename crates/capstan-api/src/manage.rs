@@ -1,19 +1,13 @@
 //! The routes under `/capstan/v1`: what the command line asks of a node. All need the right to manage.
-use std::convert::Infallible;
-
-use axum::body::Body;
 use axum::extract::{DefaultBodyLimit, Query, State};
-use axum::http::header;
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use axum::routing::{get, post};
 use axum::{Json, Router, middleware};
-use bytes::Bytes;
 use capstan_proto::manage::{ClusterStatus, LoadEvent, LoadRequest, TicketReply};
-use futures::stream;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::body::JsonBody;
+use crate::body::{self, JsonBody};
 use crate::error::ApiError;
 use crate::{App, guard, keys, pair};
 
@@ -66,22 +60,10 @@ async fn status(State(app): State<App>) -> Json<ClusterStatus> {
 /// Events as lines of JSON. A client that goes away stops nothing: the load goes on.
 async fn load(State(app): State<App>, JsonBody(request): JsonBody<LoadRequest>) -> Result<Response, ApiError> {
     let events = app.service.load(request).await?;
-    let lines = stream::unfold((events, false), |(mut events, ended)| async move {
-        if ended {
-            return None;
-        }
-        let event = events.recv().await.unwrap_or_else(|| LoadEvent::Failed {
-            message: "the load broke off without a reason; see the node's log, then load again".into(),
-        });
-        let ended = matches!(event, LoadEvent::Ready { .. } | LoadEvent::Failed { .. });
-        let mut line = serde_json::to_vec(&event).unwrap_or_else(|e| {
-            tracing::error!("a load event could not be written as JSON: {e}");
-            b"{}".to_vec()
-        });
-        line.push(b'\n');
-        Some((Ok::<_, Infallible>(Bytes::from(line)), (events, ended)))
-    });
-    Ok(([(header::CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(lines)).into_response())
+    let is_last = |event: &LoadEvent| matches!(event, LoadEvent::Ready { .. } | LoadEvent::Failed { .. });
+    Ok(body::lines(events, is_last, || LoadEvent::Failed {
+        message: "the load broke off without a reason; see the node's log, then load again".into(),
+    }))
 }
 
 async fn unload(State(app): State<App>, JsonBody(body): JsonBody<Unload>) -> Result<Json<Value>, ApiError> {

@@ -1,19 +1,14 @@
 //! The routes under `/capstan/v1` for models on disks: pull, list, verify, remove, export. All need the admin token.
-use std::convert::Infallible;
 use std::path::PathBuf;
 
-use axum::body::Body;
 use axum::extract::{DefaultBodyLimit, State};
-use axum::http::header;
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use axum::routing::{get, post};
 use axum::{Json, Router, middleware};
-use bytes::Bytes;
 use capstan_proto::weights::{ModelOutcome, ModelStatus, NodeDisk, PullEvent, PullRequest};
-use futures::stream;
 use serde::Deserialize;
 
-use crate::body::JsonBody;
+use crate::body::{self, JsonBody};
 use crate::error::ApiError;
 use crate::{App, guard};
 
@@ -46,22 +41,10 @@ pub(crate) fn routes(app: &App) -> Router<App> {
 /// Events as lines of JSON. A client that goes away stops nothing: the pull goes on.
 async fn pull(State(app): State<App>, JsonBody(request): JsonBody<PullRequest>) -> Result<Response, ApiError> {
     let events = app.service.pull(request).await?;
-    let lines = stream::unfold((events, false), |(mut events, ended)| async move {
-        if ended {
-            return None;
-        }
-        let event = events.recv().await.unwrap_or_else(|| PullEvent::Failed {
-            message: "the pull broke off without a reason; see the node's log, then pull again: it goes on".into(),
-        });
-        let ended = matches!(event, PullEvent::Done { .. } | PullEvent::Failed { .. });
-        let mut line = serde_json::to_vec(&event).unwrap_or_else(|e| {
-            tracing::error!("an event of a pull could not be written as JSON: {e}");
-            b"{}".to_vec()
-        });
-        line.push(b'\n');
-        Some((Ok::<_, Infallible>(Bytes::from(line)), (events, ended)))
-    });
-    Ok(([(header::CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(lines)).into_response())
+    let is_last = |event: &PullEvent| matches!(event, PullEvent::Done { .. } | PullEvent::Failed { .. });
+    Ok(body::lines(events, is_last, || PullEvent::Failed {
+        message: "the pull broke off without a reason; see the node's log, then pull again: it goes on".into(),
+    }))
 }
 
 async fn models(State(app): State<App>) -> Json<Vec<ModelStatus>> {

@@ -1,62 +1,33 @@
 //! Several nodes in one process, over loopback: joining, leaving, refusing, placing, and bringing shards.
 //!
 //! No compute process is needed here: the command that should start one ends at once, or says by rote what a test needs.
+mod support;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use capstan_node::config::Moves;
-use capstan_node::{Node, NodeConfig, NodeError, Service};
+use capstan_node::{Node, NodeError, Service};
 use capstan_proto::child::{CHILD_VERSION, ChildStats, FromChild, PeerAddr, StageInfo};
 use capstan_proto::control::{CLOSE_REMOVED, CONTROL_ALPN, Hello, RAFT_ALPN};
 use capstan_proto::device::{DeviceProfile, Point, TypeCurve};
 use capstan_proto::generate::{ErrorKind, GenerateEvent, GenerateRequest, Prompt};
-use capstan_proto::manage::{Health, LoadEvent, LoadRequest, ManageError};
+use capstan_proto::manage::{Health, LoadEvent, LoadRequest};
 use capstan_proto::{Epoch, LayerRange, codec, limits};
+use support::*;
 use tempfile::TempDir;
-
-fn config(dir: &Path, name: &str) -> NodeConfig {
-    let mut config = NodeConfig::new(dir.to_owned(), vec!["false".into()]);
-    // Several nodes in one process would measure each other.
-    config.measure = false;
-    config.name = Some(name.into());
-    config.bind_addr = ([127, 0, 0, 1], 0).into();
-    config.gpu_layers = 0;
-    config
-}
-
-async fn node(name: &str) -> (Arc<Node>, TempDir) {
-    let dir = tempfile::tempdir().unwrap();
-    (Node::start(config(dir.path(), name)).await.unwrap(), dir)
-}
 
 async fn joined(inviter: &Node, name: &str) -> (Arc<Node>, TempDir) {
     let (new, dir) = node(name).await;
-    let ticket = inviter.ticket(600, false).await.unwrap().ticket;
-    new.join(ticket).await.unwrap();
+    join(inviter, &new).await;
     (new, dir)
-}
-
-/// Waits for a condition; only a fault makes it wait long.
-async fn until<F: Future<Output = bool>>(what: &str, condition: impl Fn() -> F) {
-    let wait = async {
-        while !condition().await {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-    };
-    tokio::time::timeout(Duration::from_secs(60), wait).await.unwrap_or_else(|_| panic!("never came true: {what}"));
 }
 
 async fn names(node: &Node) -> Vec<String> {
     let mut names: Vec<_> = node.status().await.nodes.into_iter().filter(|n| n.online).map(|n| n.name).collect();
     names.sort();
     names
-}
-
-fn refused<T: std::fmt::Debug>(result: Result<T, ManageError>, status: u16, text: &str) {
-    let error = result.unwrap_err();
-    assert_eq!(error.status, status, "{error}");
-    assert!(error.message.contains(text), "{error}");
 }
 
 fn tiny_model(dir: &Path) -> PathBuf {
@@ -67,21 +38,8 @@ fn tiny_model(dir: &Path) -> PathBuf {
 }
 
 fn request(path: &Path) -> LoadRequest {
-    LoadRequest {
-        path: path.to_string_lossy().into_owned(),
-        name: None,
-        nodes: vec![],
-        layers: vec![],
-        ctx: Some(64),
-        slots: Some(1),
-        decode_batch: None,
-        speculation: None,
-        draft: None,
-        prefix_cache: None,
-        decode_slowdown: None,
-        objective: None,
-        rehearsal: None,
-    }
+    let path = path.to_string_lossy().into_owned();
+    LoadRequest { path, ctx: Some(64), slots: Some(1), ..LoadRequest::default() }
 }
 
 async fn outcome(node: &Node, request: LoadRequest) -> Vec<LoadEvent> {

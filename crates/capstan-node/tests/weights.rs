@@ -1,10 +1,11 @@
 //! Models come into a cluster of several nodes in one process: from a server that speaks the hub's protocol and fails, and
 //! from each other.
+mod support;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
 
 use capstan_gguf::Model;
 use capstan_node::{Hub as HubConfig, Node, NodeConfig, Service, Weights};
@@ -12,6 +13,7 @@ use capstan_proto::LayerRange;
 use capstan_proto::manage::{LoadEvent, LoadRequest};
 use capstan_proto::weights::{ModelStatus, PullEvent, PullRequest};
 use capstan_testkit::hub::{COMMIT, Hub};
+use support::{config, join, node_with, until};
 use tempfile::TempDir;
 
 const FILE: &str = "q4/Smol-Q4_1.gguf";
@@ -21,19 +23,14 @@ struct Member {
     dir: TempDir,
 }
 
-fn config(dir: &Path, name: &str, hub: &Hub, token: Option<&str>) -> NodeConfig {
-    let mut config = NodeConfig::new(dir.to_owned(), vec!["false".into()]);
-    config.measure = false;
-    config.name = Some(name.into());
-    config.bind_addr = ([127, 0, 0, 1], 0).into();
-    config.gpu_layers = 0;
-    config.hub = Some(HubConfig { endpoint: hub.endpoint(), token: token.map(str::to_owned) });
+fn with_hub(mut config: NodeConfig, hub: &Hub) -> NodeConfig {
+    config.hub = Some(HubConfig { endpoint: hub.endpoint(), token: None });
     config
 }
 
 async fn start(name: &str, hub: &Hub) -> Member {
-    let dir = tempfile::tempdir().unwrap();
-    Member { node: Node::start(config(dir.path(), name, hub, None)).await.unwrap(), dir }
+    let (node, dir) = node_with(name, |config| *config = with_hub(config.clone(), hub)).await;
+    Member { node, dir }
 }
 
 /// Nodes `a`, `b`, … of one cluster.
@@ -42,7 +39,7 @@ async fn cluster(n: usize, hub: &Hub) -> Vec<Member> {
     for name in ["a", "b", "c", "d"].into_iter().take(n) {
         let member = start(name, hub).await;
         if let Some(first) = members.first() {
-            member.node.join(first.node.ticket(600, false).await.unwrap().ticket).await.unwrap();
+            join(&first.node, &member.node).await;
         }
         members.push(member);
     }
@@ -51,16 +48,6 @@ async fn cluster(n: usize, hub: &Hub) -> Vec<Member> {
             .await;
     }
     members
-}
-
-/// Waits for a condition; only a fault makes it wait long.
-async fn until<F: Future<Output = bool>>(what: &str, condition: impl Fn() -> F) {
-    let wait = async {
-        while !condition().await {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    };
-    tokio::time::timeout(Duration::from_secs(120), wait).await.unwrap_or_else(|_| panic!("never came true: {what}"));
 }
 
 fn smol() -> Vec<u8> {
@@ -227,7 +214,7 @@ async fn a_daemon_that_ends_in_the_middle_goes_on_with_what_it_has() {
     assert!(std::fs::read_dir(dir.path().join("shards")).unwrap().count() <= 1, "the head, and nothing half-written");
 
     hub.hold_after(-1);
-    let node = Node::start(config(dir.path(), "a", &hub, None)).await.unwrap();
+    let node = Node::start(with_hub(config(dir.path(), "a"), &hub)).await.unwrap();
     until("it went on by itself", || async { !node.models().await.is_empty() }).await;
     let a = Member { node, dir };
     assert!(shards(&a).contains(&content), "byte by byte");
@@ -287,7 +274,7 @@ async fn a_disk_that_is_full_says_so_and_a_pull_goes_on_when_there_is_room() {
     let content = smol();
     let hub = Hub::start(vec![(FILE, content.clone())]);
     let dir = tempfile::tempdir().unwrap();
-    let mut small = config(dir.path(), "a", &hub, None);
+    let mut small = with_hub(config(dir.path(), "a"), &hub);
     small.disk_limit_bytes = Some(50 << 20);
     let node = Node::start(small).await.unwrap();
     let events = pulled(&node, request("hf:o/r", &[])).await;
@@ -297,7 +284,7 @@ async fn a_disk_that_is_full_says_so_and_a_pull_goes_on_when_there_is_room() {
     assert!(node.models().await.is_empty());
     node.stop().await;
     drop(node);
-    let node = Node::start(config(dir.path(), "a", &hub, None)).await.unwrap();
+    let node = Node::start(with_hub(config(dir.path(), "a"), &hub)).await.unwrap();
     until("it goes on by itself", || async { !node.models().await.is_empty() }).await;
     assert!(shards(&Member { node, dir }).contains(&content));
     assert!(hub.sent(FILE).iter().all(|n| *n == 1), "the head was kept");
@@ -328,21 +315,9 @@ async fn layers_are_copied_and_a_model_outlives_a_node_without_the_source() {
     assert!(std::fs::read(out).unwrap() == content);
 
     // A load on another placement gets its shards from what is here; the processes of this test do not start.
-    let load = LoadRequest {
-        path: "pulled:Smol-Q4_1".into(),
-        name: None,
-        nodes: vec![],
-        layers: vec![("c".into(), LayerRange::new(0, 12).unwrap()), ("b".into(), LayerRange::new(12, 30).unwrap())],
-        ctx: Some(64),
-        slots: Some(1),
-        decode_batch: None,
-        speculation: None,
-        draft: None,
-        prefix_cache: None,
-        decode_slowdown: None,
-        rehearsal: None,
-        objective: None,
-    };
+    let layers = [("c", 0, 12), ("b", 12, 30)].map(|(n, from, to)| (n.into(), LayerRange::new(from, to).unwrap()));
+    let path = "pulled:Smol-Q4_1".into();
+    let load = LoadRequest { path, layers: layers.into(), ctx: Some(64), slots: Some(1), ..LoadRequest::default() };
     let mut events = members[0].node.load(load).await.unwrap();
     while let Some(event) = events.recv().await {
         if let LoadEvent::Failed { message } = event {
@@ -458,7 +433,7 @@ async fn space_is_made_by_what_has_a_copy_elsewhere_and_never_by_the_last() {
         let Member { node, dir } = member;
         node.stop().await;
         drop(node);
-        let mut tight = config(dir.path(), "a", &hub, None);
+        let mut tight = with_hub(config(dir.path(), "a"), &hub);
         tight.disk_limit_bytes = Some(limit);
         Member { node: Node::start(tight).await.unwrap(), dir }
     };

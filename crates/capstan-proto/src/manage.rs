@@ -7,7 +7,7 @@ use crate::device::DeviceProfile;
 use crate::{ClusterId, DeploymentId, Epoch, LayerRange, NodeId};
 
 /// Serve this model.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct LoadRequest {
     /// Path of a GGUF on the node that is asked (of the first file, when it is split).
     pub path: String,

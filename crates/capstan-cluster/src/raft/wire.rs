@@ -14,10 +14,10 @@ use serde::{Deserialize, Serialize};
 use super::{RaftId, SnapshotMeta, Types};
 use crate::command::{OutOfBounds, Outcome, Proposal};
 
-/// Most entries of one message. The largest entries, of a placement with as many stages as there can be, are 50 KB.
+/// Most entries of one message. The largest entries, of a placement with as many stages as there can be, are 60 KB.
 pub const ENTRIES_MAX: u64 = 64;
-/// Largest snapshot, in bytes: members, removed keys and placements at their limits take about 10 MB.
-pub const SNAPSHOT_BYTES_MAX: usize = 12 << 20;
+/// Largest snapshot, in bytes: members, removed keys and placements at their limits take about 12 MB.
+pub const SNAPSHOT_BYTES_MAX: usize = 14 << 20;
 
 /// What one replica asks of another, which must be the one that is meant.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -177,7 +177,7 @@ impl Peer {
 
 type CallError<E> = RPCError<RaftId, EmptyNode, E>;
 
-fn lost<E: std::error::Error>(error: Lost) -> CallError<E> {
+fn lost<E: From<Unreachable> + From<NetworkError>>(error: Lost) -> E {
     match error {
         Lost::Unreachable(_) => Unreachable::new(&error).into(),
         Lost::Broken(_) => NetworkError::new(&error).into(),
@@ -235,9 +235,6 @@ impl RaftNetwork<Types> for Peer {
             },
             closed = cancel => return Err(closed.into()),
         };
-        Err(match error {
-            Lost::Unreachable(_) => Unreachable::new(&error).into(),
-            Lost::Broken(_) => NetworkError::new(&error).into(),
-        })
+        Err(lost(error))
     }
 }

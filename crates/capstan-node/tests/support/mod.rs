@@ -16,8 +16,8 @@ use iroh::endpoint::{Connection, ConnectionError, ReadError, ReadExactError, Rec
 use iroh::{Endpoint, EndpointAddr, EndpointId, RelayMode, SecretKey, TransportAddr};
 use tempfile::TempDir;
 
-/// Nothing on loopback takes so long; only a fault makes it wait to the end.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+/// Nothing on loopback takes so long, not even hashing a model on a busy machine; only a fault makes it wait to the end.
+pub const PATIENCE: Duration = Duration::from_secs(120);
 
 pub fn config(dir: &Path, name: &str) -> NodeConfig {
     let mut config = NodeConfig::new(dir.to_owned(), vec!["false".into()]);
@@ -44,6 +44,7 @@ pub async fn join(inviter: &Node, new: &Node) {
     new.join(inviter.ticket(600, false).await.unwrap().ticket).await.unwrap();
 }
 
+/// Waits for a condition.
 pub async fn until<F: Future<Output = bool>>(what: &str, condition: impl Fn() -> F) {
     let wait = async {
         while !condition().await {
