@@ -111,4 +111,3 @@ async fn remove_node(State(app): State<App>, JsonBody(body): JsonBody<Named>) ->
 async fn drain_node(State(app): State<App>, JsonBody(body): JsonBody<Named>) -> Result<Json<ClusterStatus>, ApiError> {
     Ok(Json(app.service.drain_node(body.name).await?))
 }
-

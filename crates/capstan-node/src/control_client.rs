@@ -113,11 +113,7 @@ impl ControlClient {
     }
 
     /// Opens a stream to a member and sends a request on it, unless the member's build is too old for it.
-    pub(crate) async fn open(
-        &self,
-        to: NodeId,
-        request: &impl Asked,
-    ) -> Result<(SendStream, RecvStream), CallError> {
+    pub(crate) async fn open(&self, to: NodeId, request: &impl Asked) -> Result<(SendStream, RecvStream), CallError> {
         let name = self.membership.name_of(to);
         let lost = |reason: String| CallError::Lost { node: name.clone(), reason };
         let (connection, agreed) = self.connection(to).await?;

@@ -400,13 +400,13 @@ fn launch_at(
     shared: &Arc<Shared>,
     blueprint: Blueprint,
     progress: Option<mpsc::Sender<LoadEvent>>,
-    taken: Option<(Epoch, Vec<StagePlan>)>,
+    from: Option<(Epoch, Vec<StagePlan>)>,
 ) -> Result<(), ManageError> {
     let id = blueprint.id;
     let status = blueprint.status_before(shared.id);
     let movable = blueprint.request.clone().filter(|_| blueprint.choice == Choice::Planner);
     let asked = movable.map(|request| (blueprint.model.clone(), request));
-    let (coordinator, outbox) = Coordinator::new(shared.clone(), blueprint, progress, taken);
+    let (coordinator, outbox) = Coordinator::new(shared.clone(), blueprint, progress, from);
     {
         // Checked again under the lock: two loads by the same name may have come at once.
         let mut entries = shared.deployments.entries();

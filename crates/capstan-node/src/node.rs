@@ -10,7 +10,7 @@ use capstan_proto::control::{
 };
 use capstan_proto::manage::{ClusterStatus, DeploymentStatus, NodeStatus};
 use capstan_proto::pairing::PAIR_ALPN;
-use capstan_proto::{ClusterId, NodeId};
+use capstan_proto::{ClusterId, DeploymentId, NodeId};
 use capstan_store::Store;
 use capstan_store::remote::Remote;
 use iroh::Endpoint;
@@ -28,7 +28,7 @@ use crate::config::NodeConfig;
 use crate::control_client::{CALL_TIMEOUT, ControlClient};
 use crate::control_server::{ControlProtocol, JoinProtocol};
 use crate::cutter::Cutter;
-use crate::deployments::{self, Deployments};
+use crate::deployments::Deployments;
 use crate::endpoint;
 use crate::error::{CallError, NodeError};
 use crate::identity;
@@ -353,9 +353,8 @@ impl Node {
         let endpoint = endpoint::bind(key, config.bind_addr, &config.data_dir).await?;
         let addrs = endpoint::addrs(&endpoint);
         let membership = Arc::new(Membership::open(&config.data_dir, id, config.name.clone(), addrs, build)?);
-        let client = |alpn| {
-            Arc::new(ControlClient::new(endpoint.clone(), membership.clone(), config.speaks.clone(), alpn))
-        };
+        let client =
+            |alpn| Arc::new(ControlClient::new(endpoint.clone(), membership.clone(), config.speaks.clone(), alpn));
         let shared = Arc::new(Shared {
             client: client(CONTROL_ALPN),
             raft_client: client(RAFT_ALPN),

@@ -56,7 +56,8 @@ pub(crate) async fn takeover_loop(shared: Arc<Shared>) {
                 // Whoever could have brought it back is no member any more.
                 agreement::withdraw(&shared, *id, placed.epoch);
             }
-            let lost = away.get(&placed.coordinator).is_some_and(|since| lost(&shared, placed.coordinator, *since, now));
+            let lost =
+                away.get(&placed.coordinator).is_some_and(|since| lost(&shared, placed.coordinator, *since, now));
             if !lost || placed.recipe.is_empty() || shared.deployments.has(*id) || tried.contains_key(id) {
                 continue;
             }

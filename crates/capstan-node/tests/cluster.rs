@@ -62,7 +62,8 @@ fn rote_child(dir: &Path, says: &[FromChild]) -> (Vec<std::ffi::OsString>, PathB
     let unasked = says.iter().position(|m| matches!(m, FromChild::Connected { .. })).unwrap_or(says.len());
     write(&frames, &says[..unasked]);
     write(&dir.join("frames.asked"), &says[unasked..]);
-    let order = r#"set -- $(dd bs=1 count=4 2>/dev/null | od -An -tu1); dd bs=1 count=$(($1 + $2 * 256)) >/dev/null 2>&1"#;
+    let order =
+        r#"set -- $(dd bs=1 count=4 2>/dev/null | od -An -tu1); dd bs=1 count=$(($1 + $2 * 256)) >/dev/null 2>&1"#;
     let listen = format!(r#"while {order}; do cat "$0.asked"; done"#);
     let script = format!(
         r#"case "$1" in --*) exit 1;; esac; echo $$ >> "$0.pids"; cat "$0"; exec 3<&0; [ -s "$0.asked" ] && {{ {listen}; }} <&3 2>/dev/null & exec sleep 600"#

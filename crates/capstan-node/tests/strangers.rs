@@ -173,7 +173,9 @@ async fn a_recorded_request_to_join_is_worth_nothing() {
     let fresh = victim.node.ticket(600, false).await.unwrap().ticket;
     for bytes in [recorded, honest.join_frame(&fresh, "honest")] {
         match honest.join(&victim.node, &bytes).await {
-            JoinReply::Refused { status, message } => assert!(status == 410 && message.contains("removed"), "{message}"),
+            JoinReply::Refused { status, message } => {
+                assert!(status == 410 && message.contains("removed"), "{message}")
+            }
             JoinReply::Welcome { .. } => panic!("a removed node was let in"),
         }
     }

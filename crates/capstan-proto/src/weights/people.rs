@@ -1,6 +1,7 @@
 //! What people ask about models on disks, and what they are told: these travel as JSON.
 use serde::{Deserialize, Serialize};
 
+use crate::weights::FileRecord;
 use crate::{ContentHash, LayerRange, ModelId};
 
 /// Bring a model here.
