@@ -64,9 +64,9 @@ fn rote_child(dir: &Path, says: &[FromChild]) -> (Vec<std::ffi::OsString>, PathB
     write(&dir.join("frames.asked"), &says[unasked..]);
     let order =
         r#"set -- $(dd bs=1 count=4 2>/dev/null | od -An -tu1); dd bs=1 count=$(($1 + $2 * 256)) >/dev/null 2>&1"#;
-    let listen = format!(r#"while {order}; do cat "$0.asked"; done"#);
+    let listen = format!(r#"while {order}; do cat "$0.asked"; done 2>/dev/null"#);
     let script = format!(
-        r#"case "$1" in --*) exit 1;; esac; echo $$ >> "$0.pids"; cat "$0"; exec 3<&0; [ -s "$0.asked" ] && {{ {listen}; }} <&3 2>/dev/null & exec sleep 600"#
+        r#"case "$1" in --*) exit 1;; esac; echo $$ >> "$0.pids"; cat "$0"; if [ -s "$0.asked" ]; then {listen}; fi; exec sleep 600"#
     );
     (vec!["sh".into(), "-c".into(), script.into(), frames.into()], pids)
 }
@@ -548,8 +548,9 @@ async fn a_model_moves_by_itself_to_a_node_that_is_faster_and_says_why() {
             let frame = codec::encode(&stats, limits::MESSAGE_BYTES_MAX).unwrap();
             std::fs::write(dir.path().join(format!("frames.{i}")), frame).unwrap();
         }
-        let rows = r#"for i in 0 1 2 3 4 5 6 7 8 9; do sleep 1; cat "$0.$i"; done; exec sleep"#;
-        command[2] = command[2].to_str().unwrap().replace("exec sleep", rows).into();
+        // After each order, of which a ping comes every second.
+        let rows = r#"cat "$0.asked"; cat "$0.$((i))"; i=$((i + 1))"#;
+        command[2] = command[2].to_str().unwrap().replace(r#"cat "$0.asked""#, rows).into();
         config.compute_command = command;
         config.moves = Moves { look_every: Duration::from_millis(50), watched_min: Duration::ZERO };
         let profile = serde_json::to_vec(&device(layer_s)).unwrap();
