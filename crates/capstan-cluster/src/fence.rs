@@ -3,7 +3,7 @@
 //! ```text
 //! stage of epoch 3 ──Connect, epoch 5 (committed)──▶ fence at 5: whatever carries 3 or 4 is refused for good
 //! node that lost the majority ──lease runs out──▶ serves no epoch at all, until it knows again which one counts
-//! a new epoch ──if a node of the old one did not answer: its lease first──▶ begins
+//! a new epoch ──if a node of the old one did not answer, or it is not known to have begun: leases first──▶ begins
 //! ```
 //! The fence alone is not enough: where the old stages and the new ones share no node, nobody would tell the old ones.
 use capstan_proto::Epoch;

@@ -19,6 +19,8 @@ use crate::raft_link::RaftLink;
 const KEEP_EVERY: Duration = Duration::from_millis(500);
 /// How long the start waits until the models of before are open.
 const RESUME_WAIT: Duration = Duration::from_secs(10);
+/// How long the leader is looked for at a time.
+const ASK_LIMIT: Duration = Duration::from_secs(2);
 /// How long one look may take.
 const KEEP_LIMIT: Duration = Duration::from_secs(10);
 /// Between two looks whether this node is dialled elsewhere now.
@@ -72,12 +74,16 @@ async fn follow_changes(shared: Arc<Shared>, replica: Arc<Replica>) {
     }
 }
 
-/// Keeps voters and learners while this node leads.
+/// Keeps voters and learners while this node leads, and looks for the leader while it hears of none.
 pub(crate) async fn keep_loop(shared: Arc<Shared>) {
     loop {
         sleep(KEEP_EVERY).await;
-        if let Some(replica) = shared.membership.replica() {
-            replica.keep(&shared.membership.present(), KEEP_LIMIT).await;
+        let Some(replica) = shared.membership.replica() else { continue };
+        replica.keep(&shared.membership.present(), KEEP_LIMIT).await;
+        if !replica.has_majority() {
+            // The leader may have come in while this node was cut off: a member that it knows has to name it first.
+            let others: Vec<_> = shared.membership.others().iter().map(|m| m.id).collect();
+            replica.confirm(ASK_LIMIT, &others).await;
         }
     }
 }

@@ -43,9 +43,13 @@ pub async fn drive(nodes: Arc<Vec<Arc<Node>>>, node: Arc<Node>, deployment: Depl
     let committed = node.now_ms();
 
     let at = |id: NodeId| nodes.iter().find(|n| n.id == id).cloned();
-    // Whoever served the old epoch hears that it is over, or its lease runs out.
+    // Whoever served the old epoch hears that it is over, or its lease runs out. Where the old one may never have begun,
+    // that of one before it may still run, at nodes that nobody here knows of.
+    let began = previous.is_none_or(|p| node.has_begun(deployment, p.epoch));
     let mut silent = old;
-    while !silent.is_empty() && node.now_ms() < committed + TAKEOVER_MS && node.shared.mistake != Some(Mistake::NoLease)
+    while (!silent.is_empty() || !began)
+        && node.now_ms() < committed + TAKEOVER_MS
+        && node.shared.mistake != Some(Mistake::NoLease)
     {
         for id in silent.clone() {
             if let Some(other) = at(id)
@@ -74,6 +78,7 @@ pub async fn drive(nodes: Arc<Vec<Arc<Node>>>, node: Arc<Node>, deployment: Depl
     }
     books.note(|| format!("{:?} begins epoch {epoch} of {deployment}", node.id), (3, epoch.0));
     books.begun(deployment, epoch);
+    node.note_begun(deployment, epoch);
 
     for _ in 0..pieces {
         for seat in &seats {

@@ -140,13 +140,15 @@ impl Net {
         Some(Duration::from_millis(again))
     }
 
-    /// Whether a node lets a message in, as far as it knows: never one of a removed key.
-    pub fn lets_in(&self, at: &Replica, from: NodeId) -> bool {
-        let open = at.state().removed(from).is_none();
-        if !open {
+    /// Whether a node talks with another about the log, as a daemon would: with members, or with a leader whom a member
+    /// has named, and never with a removed key. One that has heard nothing of the log yet has only what let it in.
+    pub fn talks(&self, at: &Replica, with: NodeId) -> bool {
+        let state = at.state();
+        if state.removed(with).is_some() {
             self.books.count(|t| t.shut_out += 1);
+            return false;
         }
-        open
+        state.cluster().is_none() || state.members().get(with).is_some() || at.was_introduced(with)
     }
 
     /// A message arrives.
@@ -156,8 +158,8 @@ impl Net {
             sleep(Duration::from_millis(20)).await;
             return Err(Lost::Unreachable("its daemon does not run".into()));
         };
-        if !self.lets_in(&replica, from) {
-            return Err(Lost::Unreachable("it was removed".into()));
+        if !self.talks(&replica, from) {
+            return Err(Lost::Unreachable("it refuses who is no member".into()));
         }
         let kind = match &message.request {
             RaftRequest::Append(a) => a.entries.len(),
@@ -189,6 +191,11 @@ pub struct Link {
 impl Transport for Link {
     async fn call(&self, mut message: RaftMessage, _: Duration) -> Result<RaftReply, Lost> {
         let (net, from, to) = (&self.net, self.from, message.to.node);
+        // One that left and did not hear so stands for election in vain, again and again: it must not be asked for what
+        // would tell a leader of such a vote.
+        if net.replica(from).is_some_and(|own| !net.talks(&own, to)) {
+            return Err(Lost::Unreachable("it is no member".into()));
+        }
         if net.draw(|d| d.chance(CODED)) {
             let bytes = postcard::to_stdvec(&message).map_err(|e| Lost::Broken(e.to_string()))?;
             message = postcard::from_bytes(&bytes).map_err(|e| Lost::Broken(e.to_string()))?;

@@ -42,10 +42,13 @@ pub struct Shared {
 struct Inner {
     disk: Disk,
     life: u64,
+    lived: u64,
     replica: Option<Arc<Replica>>,
     tasks: Vec<AbortHandle>,
     lease: Lease,
     fences: BTreeMap<DeploymentId, Fence>,
+    /// The epochs that it began as a coordinator, newest of each deployment.
+    begun: BTreeMap<DeploymentId, Epoch>,
 }
 
 /// A node.
@@ -77,11 +80,17 @@ impl Node {
         let mut inner = self.inner();
         inner.disk = Disk::new(self.shared.mistake == Some(Mistake::LyingDisks));
         inner.life = life;
+        inner.lived = inner.lived.max(life);
     }
 
     /// Which of its lives in the cluster this is; 0 while it is in none.
     pub fn life(&self) -> u64 {
         self.inner().life
+    }
+
+    /// The last of its lives in the cluster so far. None is lived twice: what it promised in one went with its disk.
+    pub fn lived(&self) -> u64 {
+        self.inner().lived
     }
 
     /// Switches it on. Its disk says what it was in.
@@ -122,6 +131,7 @@ impl Node {
             let Some(replica) = inner.replica.take() else { return };
             inner.tasks.drain(..).for_each(|t| t.abort());
             inner.fences.clear();
+            inner.begun.clear();
             inner.lease = Lease::default();
             replica
         };
@@ -133,6 +143,16 @@ impl Node {
             self.shared.net.draw(|dice| disk.lose_power(dice));
         }
         replica.stop().await;
+    }
+
+    /// It began an epoch of a deployment, as its coordinator.
+    pub fn note_begun(&self, deployment: DeploymentId, epoch: Epoch) {
+        self.inner().begun.insert(deployment, epoch);
+    }
+
+    /// Whether it began this epoch itself, since it was switched on.
+    pub fn has_begun(&self, deployment: DeploymentId, epoch: Epoch) -> bool {
+        self.inner().begun.get(&deployment) == Some(&epoch)
     }
 
     /// Its replica while it is on.
@@ -244,7 +264,9 @@ async fn keep(node: Arc<Node>, replica: Arc<Replica>) {
 async fn renew(node: Arc<Node>, replica: Arc<Replica>) {
     loop {
         let asked = node.now_ms();
-        if replica.confirm(LOOK * 2, &[]).await {
+        let others: Vec<NodeId> =
+            replica.state().members().active().map(|m| m.id).filter(|id| *id != node.id).collect();
+        if replica.confirm(LOOK * 2, &others).await {
             node.inner().lease.renew(asked);
         }
         sleep(LOOK).await;

@@ -295,16 +295,35 @@ impl World {
         }
     }
 
+    /// The members that can hear of the newest state. Who was away until nobody that it knew was left believes no stranger:
+    /// a person has to let it in anew. One that knows such a one only is as lost.
+    fn reached(&self, members: &BTreeSet<NodeId>, newest: u64) -> BTreeSet<NodeId> {
+        let mut reached = BTreeSet::new();
+        loop {
+            let finds = |n: &&Arc<Node>| {
+                let Some(state) = n.state().filter(|s| s.cluster().is_some()) else { return true };
+                state.version() == newest || state.members().active().any(|m| reached.contains(&m.id))
+            };
+            let inside = self.nodes.iter().filter(|n| members.contains(&n.id));
+            let more: BTreeSet<NodeId> = inside.filter(finds).map(|n| n.id).collect();
+            if more == reached {
+                return reached;
+            }
+            reached = more;
+        }
+    }
+
     async fn disagreement(&self) -> Option<String> {
         let newest = self.nodes.iter().filter_map(|n| n.replica()).max_by_key(|r| r.state().version());
         let Some(newest) = newest else { return Some("nobody runs".into()) };
         let state = newest.state();
         let members: BTreeSet<NodeId> = state.members().active().map(|m| m.id).collect();
-        let inside = || self.nodes.iter().filter(|n| members.contains(&n.id));
+        let reached = self.reached(&members, newest.state().version());
+        let inside = || self.nodes.iter().filter(|n| reached.contains(&n.id));
         for node in inside() {
             // One that was let in and never heard so asks again, and hears.
             if let Some(life) = state.life(node.id)
-                && node.life() != life
+                && life > node.lived()
             {
                 node.stop(false).await;
                 node.begin_life(life);
@@ -319,7 +338,7 @@ impl World {
                 return Some(format!("{:?} has another state", node.id));
             }
             let all: BTreeSet<NodeId> = standing.voters.union(&standing.learners).copied().collect();
-            let settled = voters::voters(&members, &standing.voters, &members, node.id);
+            let settled = voters::voters(&members, &standing.voters, &reached, node.id);
             if all != members || settled.len() != standing.voters.len() {
                 return Some(format!(
                     "{:?} has voters {:?} and learners {:?} of members {members:?}",
