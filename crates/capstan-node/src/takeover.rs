@@ -1,8 +1,8 @@
 //! A coordinator that is lost does not take its deployments with it: another node goes on with them.
 //!
-//! Every node looks; the cluster's log decides. Who has the recipe (it travels in the log) and can open the model asks to
-//! place it anew, by compare and set on the epoch of before, so that of several one wins. A node that comes back finds in
-//! the log that its deployment is another's now, and lets it go.
+//! The leader of the log looks, for whom a majority hears counts, not whom some other node happens to hear. It has the
+//! recipe (that travels in the log) and places the deployment anew, by compare and set on the epoch of before. A node that
+//! comes back finds in the log that its deployment is another's now, and lets it go.
 //!
 //! A model of the catalogue can be taken over, for its header is known to all and its layers are where they were copied
 //! to. One that was loaded from a file lies on its coordinator alone: it waits for that node.
@@ -29,8 +29,6 @@ use crate::scheduling::Wanted;
 const LOOK_EVERY: Duration = Duration::from_millis(250);
 /// How long a coordinator may be away that said goodbye: it is being restarted, most likely.
 const GOODBYE_GRACE: Duration = Duration::from_secs(15);
-/// How much longer the next node waits, so that usually only one tries.
-const TURN: Duration = Duration::from_secs(1);
 /// How long after an attempt that failed the next one is made.
 const TRY_AGAIN: Duration = Duration::from_secs(5);
 
@@ -40,7 +38,10 @@ pub(crate) async fn takeover_loop(shared: Arc<Shared>) {
     let mut tried: HashMap<DeploymentId, Instant> = HashMap::new();
     loop {
         sleep(LOOK_EVERY).await;
-        let Some(state) = shared.membership.state().filter(|_| may_act(&shared)) else { continue };
+        let Some(state) = shared.membership.state().filter(|_| may_act(&shared)) else {
+            away.clear();
+            continue;
+        };
         let now = Instant::now();
         let coordinators: Vec<NodeId> = state.deployments().map(|(_, p)| p.coordinator).collect();
         away.retain(|node, _| coordinators.contains(node) && !shared.membership.online(*node));
@@ -52,9 +53,10 @@ pub(crate) async fn takeover_loop(shared: Arc<Shared>) {
         tried.retain(|id, at| state.placed(*id).is_some() && now < *at + TRY_AGAIN);
         for (id, placed) in state.deployments() {
             let nobodys = placed.recipe.is_empty() && !shared.membership.is_member(placed.coordinator);
-            if nobodys && leads(&shared, shared.id) {
+            if nobodys && !tried.contains_key(id) {
                 // Whoever could have brought it back is no member any more.
                 agreement::withdraw(&shared, *id, placed.epoch);
+                tried.insert(*id, now);
             }
             let lost =
                 away.get(&placed.coordinator).is_some_and(|since| lost(&shared, placed.coordinator, *since, now));
@@ -70,12 +72,14 @@ pub(crate) async fn takeover_loop(shared: Arc<Shared>) {
     }
 }
 
-/// Whether this node may look after others' deployments: it knows the state of the cluster, and is not about to end.
+/// Whether this node leads, with a majority, and is not about to end.
 fn may_act(shared: &Shared) -> bool {
-    shared.membership.is_current() && shared.membership.why_not().is_none() && !shared.draining.is_cancelled()
+    let membership = &shared.membership;
+    let leads = membership.standing().leader.is_some_and(|l| l.node == shared.id);
+    leads && membership.is_current() && membership.why_not().is_none() && !shared.draining.is_cancelled()
 }
 
-/// Whether a coordinator has been away for so long that it does not serve any more, and it is this node's turn.
+/// Whether a coordinator has been away for so long that it does not serve any more.
 fn lost(shared: &Shared, node: NodeId, since: Instant, now: Instant) -> bool {
     let membership = &shared.membership;
     let away = now.duration_since(since);
@@ -85,16 +89,7 @@ fn lost(shared: &Shared, node: NodeId, since: Instant, now: Instant) -> bool {
     } else {
         GOODBYE_GRACE
     };
-    // The leader knows best who is there; then in the order of keys.
-    let mut online: Vec<NodeId> = membership.others().iter().map(|m| m.id).filter(|n| membership.online(*n)).collect();
-    online.push(shared.id);
-    online.sort_by_key(|id| (!leads(shared, *id), *id));
-    let turn = online.iter().position(|id| *id == shared.id).unwrap_or(0) as u32;
-    away > wait + TURN * turn
-}
-
-fn leads(shared: &Shared, id: NodeId) -> bool {
-    shared.membership.standing().leader.is_some_and(|l| l.node == id)
+    away > wait
 }
 
 /// Goes on with a deployment on the nodes that are there.

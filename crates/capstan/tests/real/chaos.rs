@@ -14,8 +14,12 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use serde_json::{Value, json};
 
-use crate::daemons::{Cluster, Daemon, chat, wait_for};
+use crate::cables::Cables;
+use crate::daemons::{Cluster, Place, chat, wait_for};
 
+const NAMES: [&str; 3] = ["alpha", "beta", "gamma"];
+/// How long a link is cut.
+const CUT_FOR: Duration = Duration::from_secs(10);
 /// Streams at once.
 const STREAMS: usize = 8;
 const TOKENS: u32 = 96;
@@ -173,6 +177,10 @@ enum Trouble {
     DriverDaemon,
     /// The same to the daemon that coordinates; another one goes on with the model.
     CoordinatorDaemon,
+    /// The cable of a middle stage's machine is pulled for ten seconds.
+    CutLink,
+    /// For ten seconds nothing that the machine sends arrives.
+    OneWayLink,
     /// Every daemon is stopped in order and started again, one after the other.
     RollingRestart,
 }
@@ -180,6 +188,8 @@ enum Trouble {
 /// A cluster under load.
 struct Chaos {
     cluster: Cluster,
+    /// What joins the daemons' machines, where they have some of their own.
+    cables: Option<Cables>,
     wanted: Arc<Vec<Answer>>,
     tokens: Arc<AtomicU64>,
     rng: StdRng,
@@ -193,12 +203,24 @@ fn signal(pid: u32, name: &str) {
 
 impl Chaos {
     async fn start(seed: u64) -> Self {
-        let cluster = Cluster::start(&["alpha", "beta", "gamma"]).await;
+        Self::on(seed, Cluster::start(&NAMES).await, None).await
+    }
+
+    /// On machines of their own; none where the system has no such thing.
+    async fn apart(seed: u64) -> Option<Self> {
+        let cables = Cables::lay(NAMES.len())?;
+        let place = |i| Place { run: cables.on(i), addrs: Some(cables.addrs(i)) };
+        let places: Vec<_> = (0..NAMES.len()).map(place).collect();
+        let cluster = Cluster::start_at(&NAMES, &places).await;
+        Some(Self::on(seed, cluster, Some(cables)).await)
+    }
+
+    async fn on(seed: u64, cluster: Cluster, cables: Option<Cables>) -> Self {
         // With a copy on each node, as `--replicas` keeps them, any node may be lost, its coordinator too.
-        let (file, folder) = (format!("file:{}", models::smollm2().display()), cluster.nodes[0].data_dir.clone());
-        crate::daemons::capstan(&folder, &["pull", &file, "--name", "smol", "--replicas", "3"]).await;
+        let file = format!("file:{}", models::smollm2().display());
+        cluster.nodes[0].cli(&["pull", &file, "--name", "smol", "--replicas", "3"]).await;
         wait_for("every node has a copy", || async {
-            let models = crate::daemons::capstan(&folder, &["models", "--json"]).await;
+            let models = cluster.nodes[0].cli(&["models", "--json"]).await;
             let models: Value = serde_json::from_str(&models).expect("JSON");
             (models[0]["copies"].as_u64() >= Some(3)).then_some(())
         })
@@ -212,7 +234,7 @@ impl Chaos {
             assert!(answer.finished && answer.tokens.len() == TOKENS as usize, "{answer:?}");
             wanted.push(answer);
         }
-        Self { cluster, wanted: Arc::new(wanted), tokens, rng: StdRng::seed_from_u64(seed), http }
+        Self { cluster, cables, wanted: Arc::new(wanted), tokens, rng: StdRng::seed_from_u64(seed), http }
     }
 
     /// Until so many more tokens came, all streams together.
@@ -233,16 +255,18 @@ impl Chaos {
     }
 
     async fn restart(&mut self, i: usize) {
-        let (name, folder) = (self.cluster.nodes[i].name.clone(), self.cluster.nodes[i].data_dir.clone());
-        self.cluster.nodes[i] = Daemon::start(&name, &folder).await;
+        self.cluster.nodes[i] = self.cluster.nodes[i].again().await;
     }
 
     /// Makes trouble while [`STREAMS`] clients ask, until each round of trouble is over and `requests` were answered.
     async fn run(&mut self, trouble: Trouble, rounds: usize, requests: usize) -> Report {
-        let daemons = matches!(trouble, Trouble::MiddleDaemon | Trouble::DriverDaemon | Trouble::CoordinatorDaemon);
+        let daemons = !matches!(
+            trouble,
+            Trouble::StageChild | Trouble::DriverChild | Trouble::FrozenChild | Trouble::RollingRestart
+        );
         let deployment = self.settled(3).await;
         let victim = match trouble {
-            Trouble::MiddleDaemon => self.index_of(&deployment, 1),
+            Trouble::MiddleDaemon | Trouble::CutLink | Trouble::OneWayLink => self.index_of(&deployment, 1),
             Trouble::DriverDaemon => self.index_of(&deployment, 2),
             Trouble::CoordinatorDaemon => {
                 let nodes = self.cluster.nodes[0].status().await.nodes;
@@ -342,12 +366,30 @@ impl Chaos {
                 }
                 self.restart(victim).await;
             }
+            Trouble::CutLink | Trouble::OneWayLink => {
+                let eye = (victim + 1) % self.cluster.nodes.len();
+                let before = self.cluster.nodes[eye].wait_ready("smol", 0).await;
+                let cables = self.cables.as_ref().expect("machines of their own");
+                if trouble == Trouble::CutLink {
+                    cables.cut(victim)
+                } else {
+                    cables.mute(victim)
+                }
+                tokio::time::sleep(CUT_FOR).await;
+                cables.mend(victim);
+                self.cluster.nodes[eye].wait_ready("smol", before.epoch.0).await;
+                let back = &self.cluster.nodes[victim];
+                wait_for("the node that was cut off is back", || async {
+                    back.status().await.nodes.iter().all(|n| n.online).then_some(())
+                })
+                .await;
+            }
             Trouble::RollingRestart => {
                 for i in [1, 2, 0] {
                     self.settled(3).await;
-                    let (api, folder) = (self.cluster.nodes[i].api.clone(), self.cluster.nodes[i].data_dir.clone());
+                    let api = self.cluster.nodes[i].api.clone();
                     asked.lock().unwrap().retain(|a| *a != api);
-                    crate::daemons::capstan(&folder, &["stop"]).await;
+                    self.cluster.nodes[i].cli(&["stop"]).await;
                     self.restart(i).await;
                     asked.lock().unwrap().push(self.cluster.nodes[i].api.clone());
                     let node = &self.cluster.nodes[i];
@@ -375,10 +417,25 @@ const ALL: [Trouble; 7] = [
     Trouble::RollingRestart,
 ];
 
+const LINKS: [Trouble; 2] = [Trouble::CutLink, Trouble::OneWayLink];
+
 #[tokio::test(flavor = "multi_thread")]
 async fn no_request_is_lost_whatever_breaks() {
     let mut chaos = Chaos::start(1).await;
     for trouble in ALL {
+        let mut report = chaos.run(trouble, 1, STREAMS + 2).await;
+        println!("{}", report.json(&format!("{trouble:?}")));
+        check(&report, trouble);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_request_is_lost_when_a_link_is_cut() {
+    let Some(mut chaos) = Chaos::apart(1).await else {
+        eprintln!("this system makes no network namespaces for us (that takes Linux and root): nothing was tried");
+        return;
+    };
+    for trouble in LINKS {
         let mut report = chaos.run(trouble, 1, STREAMS + 2).await;
         println!("{}", report.json(&format!("{trouble:?}")));
         check(&report, trouble);
@@ -396,12 +453,19 @@ async fn chaos_at_length() {
     let out = std::env::var("CHAOS_REPORT").expect("CHAOS_REPORT says where the report goes");
     println!("seed {seed}");
     let began = Instant::now();
-    let mut chaos = Chaos::start(seed).await;
+    let apart = Chaos::apart(seed).await;
+    let (mut chaos, troubles) = match apart {
+        Some(chaos) => (chaos, [&ALL[..], &LINKS].concat()),
+        None => {
+            println!("no network namespaces here (they take Linux and root): links are not cut");
+            (Chaos::start(seed).await, ALL.to_vec())
+        }
+    };
     let (mut reports, mut worst) = (Vec::new(), None);
     loop {
-        for trouble in ALL {
+        for &trouble in &troubles {
             let rounds = if trouble == Trouble::RollingRestart { 1 } else { 5 };
-            let mut report = chaos.run(trouble, rounds, requests.div_ceil(ALL.len())).await;
+            let mut report = chaos.run(trouble, rounds, requests.div_ceil(troubles.len())).await;
             let json = report.json(&format!("{trouble:?}"));
             println!("{json}");
             reports.push(json);

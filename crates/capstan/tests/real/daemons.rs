@@ -21,19 +21,20 @@ pub struct Daemon {
     token: String,
     pub http: reqwest::Client,
     process: Child,
+    place: Place,
+}
+
+/// Where a daemon runs: how a command is run there, and the addresses that it has for others, if it is not loopback.
+#[derive(Clone, Default)]
+pub struct Place {
+    pub run: Vec<String>,
+    pub addrs: Option<(String, String)>,
 }
 
 /// Daemons with data folders of their own, gone with everything they started when this is dropped.
 pub struct Cluster {
     pub nodes: Vec<Daemon>,
     pub folder: TempDir,
-}
-
-/// Runs the command line tool on a data folder and gives what it printed; panics when it fails.
-pub async fn capstan(data_dir: &Path, args: &[&str]) -> String {
-    let (ok, stdout, stderr) = try_capstan(data_dir, args).await;
-    assert!(ok, "capstan {args:?} failed:\n{stdout}\n{stderr}");
-    stdout
 }
 
 /// Runs the command line tool: whether it succeeded, its output and its errors.
@@ -45,7 +46,19 @@ pub async fn try_capstan(data_dir: &Path, args: &[&str]) -> (bool, String, Strin
 
 /// The command line tool on a data folder, in a clean environment.
 pub fn command(data_dir: &Path) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_capstan"));
+    command_at(&Place::default(), data_dir)
+}
+
+fn command_at(place: &Place, data_dir: &Path) -> Command {
+    const CAPSTAN: &str = env!("CARGO_BIN_EXE_capstan");
+    let mut command = match place.run.split_first() {
+        Some((program, args)) => {
+            let mut command = Command::new(program);
+            command.args(args).arg(CAPSTAN);
+            command
+        }
+        None => Command::new(CAPSTAN),
+    };
     // Nothing of the machine's own set-up may leak in.
     for (key, _) in std::env::vars_os() {
         if key.to_string_lossy().starts_with("CAPSTAN_") {
@@ -61,6 +74,9 @@ pub fn command(data_dir: &Path) -> Command {
         .env("CAPSTAN_THREADS", "1")
         // Several daemons on one machine would measure each other.
         .env("CAPSTAN_MEASURE", "off");
+    if let Some((bind, listen)) = &place.addrs {
+        command.env("CAPSTAN_BIND_ADDR", bind).env("CAPSTAN_LISTEN", listen).env("CAPSTAN_NO_AUTH", "true");
+    }
     command
 }
 
@@ -86,9 +102,23 @@ impl Daemon {
 
     /// The same with these variables in its environment.
     pub async fn start_with(name: &str, data_dir: &Path, env: &[(&str, &str)]) -> Self {
+        Self::start_at(Place::default(), name, data_dir, env).await
+    }
+
+    /// Starts this daemon's folder again where it was.
+    pub async fn again(&self) -> Self {
+        let mut daemon = Self::start_at(self.place.clone(), &self.name, &self.data_dir, &[]).await;
+        if self.place.addrs.is_some() {
+            daemon.token.clone_from(&self.token);
+        }
+        daemon
+    }
+
+    /// The same somewhere.
+    pub async fn start_at(place: Place, name: &str, data_dir: &Path, env: &[(&str, &str)]) -> Self {
         std::fs::create_dir_all(data_dir).expect("a data folder");
         let log = std::fs::File::create(data_dir.join("test.log")).expect("a log file");
-        let mut process = command(data_dir)
+        let mut process = command_at(&place, data_dir)
             .env("CAPSTAN_NAME", name)
             .envs(env.iter().copied())
             .args(["up", "--foreground"])
@@ -104,16 +134,16 @@ impl Daemon {
         let (api, token) = wait_for("a daemon's API answers", || {
             exited = exited.or(process.try_wait().ok().flatten());
             assert!(exited.is_none(), "{name} ended: {}", std::fs::read_to_string(data_dir.join("test.log")).unwrap());
-            let (http, file) = (http.clone(), file.clone());
+            let (http, file, listen) = (http.clone(), file.clone(), place.addrs.clone().map(|(_, listen)| listen));
             async move {
                 let info: Value = serde_json::from_slice(&std::fs::read(file).ok()?).ok()?;
-                let api = info["api"].as_str()?.to_owned();
+                let api = listen.or_else(|| info["api"].as_str().map(str::to_owned))?;
                 http.get(format!("http://{api}/health")).send().await.ok()?.error_for_status().ok()?;
                 Some((api, info["token"].as_str()?.to_owned()))
             }
         })
         .await;
-        Self { name: name.into(), data_dir: data_dir.into(), api, token, http, process }
+        Self { name: name.into(), data_dir: data_dir.into(), api, token, http, process, place }
     }
 
     /// The cluster as this node sees it.
@@ -152,9 +182,14 @@ impl Daemon {
         payloads.map(|p| serde_json::from_str(p).expect("JSON")).collect()
     }
 
-    /// Runs the command line tool against this daemon.
+    /// Runs the command line tool against this daemon and gives what it printed; panics when it fails.
     pub async fn cli(&self, args: &[&str]) -> String {
-        capstan(&self.data_dir, args).await
+        let mut command = command_at(&self.place, &self.data_dir);
+        let output = command.args(args).stdin(Stdio::null()).output().await.expect("capstan starts");
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        let (stdout, stderr) = (text(&output.stdout), text(&output.stderr));
+        assert!(output.status.success(), "capstan {args:?} failed:\n{stdout}\n{stderr}");
+        stdout
     }
 
     /// Kills the daemon as a power cut would.
@@ -177,15 +212,25 @@ impl Drop for Daemon {
 impl Cluster {
     /// Starts these daemons and joins all to the first by tickets.
     pub async fn start(names: &[&str]) -> Self {
+        Self::start_at(names, &vec![Place::default(); names.len()]).await
+    }
+
+    /// The same with a place for each.
+    pub async fn start_at(names: &[&str], places: &[Place]) -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let mut nodes = Vec::new();
-        for name in names {
-            nodes.push(Daemon::start(name, &folder.path().join(name)).await);
+        for (name, place) in names.iter().zip(places) {
+            nodes.push(Daemon::start_at(place.clone(), name, &folder.path().join(name), &[]).await);
         }
         for node in &nodes[1..] {
             let ticket = nodes[0].cli(&["ticket", "--json"]).await;
             let ticket: Value = serde_json::from_str(&ticket).expect("a ticket as JSON");
             node.cli(&["join", ticket["ticket"].as_str().expect("a ticket")]).await;
+        }
+        if places[0].addrs.is_some() {
+            // A token opens the door of its own machine only, a key all doors.
+            let key = nodes[0].cli(&["key", "add", "test", "--manage"]).await;
+            nodes.iter_mut().for_each(|node| node.token = key.trim().to_owned());
         }
         let cluster = Self { nodes, folder };
         for node in &cluster.nodes {
