@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use capstan_proto::control::{
     CLOSE_NOT_A_MEMBER, CLOSE_REMOVED, CONTROL_ALPN, Done, Gossip, JOIN_ALPN, RAFT_ALPN, Request,
 };
-use capstan_proto::manage::{ClusterStatus, DeploymentStatus, NodeStatus};
+use capstan_proto::manage::{ClusterStatus, DeploymentStatus, Health, NodeStatus};
 use capstan_proto::pairing::PAIR_ALPN;
 use capstan_proto::{ClusterId, DeploymentId, NodeId};
 use capstan_store::Store;
@@ -206,12 +206,19 @@ impl Shared {
     pub(crate) fn all_deployments(&self) -> Vec<DeploymentStatus> {
         let mut all = self.deployments.list();
         let placed = self.membership.state();
-        // A node that was away may still tell of a deployment that another has taken over.
-        let counts = |d: &DeploymentStatus| {
-            let placed = placed.as_ref().and_then(|state| state.placed(d.id));
-            placed.is_none_or(|p| p.coordinator == d.coordinator) && !self.deployments.has(d.id)
-        };
-        all.extend(self.view.deployments().into_iter().filter(counts));
+        let coordinator = |id| placed.as_ref().and_then(|state| Some(state.placed(id)?.coordinator));
+        let (counting, overruled): (Vec<_>, Vec<_>) =
+            self.view.deployments().into_iter().partition(|d| coordinator(d.id).is_none_or(|c| c == d.coordinator));
+        all.extend(counting);
+        // A node that was away still tells of a deployment that another has taken over; the other may not tell of it yet.
+        for old in overruled {
+            if let Some(coordinator) = coordinator(old.id)
+                && !all.iter().any(|d| d.id == old.id)
+            {
+                let detail = format!("node {} takes it over", self.membership.name_of(coordinator));
+                all.push(DeploymentStatus { coordinator, health: Health::Recovering, detail, ..old });
+            }
+        }
         all
     }
 

@@ -8,10 +8,11 @@ use crate::config::LogFormat;
 /// Starts logging for this process. Only the first call has an effect.
 ///
 /// A bare level is meant for Capstan's own crates; what its libraries log stays at warnings, for their debug output
-/// would bury ours. A filter with targets is taken as it is.
+/// would bury ours. Not even that of openraft: it calls every message to a machine that is off an error, several times a
+/// second, and what matters of it our own crates say. A filter with targets is taken as it is.
 pub fn init(level: &str, format: LogFormat) {
     let filter = match level.parse::<tracing::Level>() {
-        Ok(own) if own > tracing::Level::WARN => format!("warn,capstan={level}"),
+        Ok(own) if own > tracing::Level::WARN => format!("warn,openraft=off,capstan={level}"),
         _ => level.to_string(),
     };
     // The text was checked when the setting was parsed.

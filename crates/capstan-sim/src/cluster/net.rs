@@ -40,6 +40,8 @@ struct Inner {
     /// Ways that are cut, one direction each.
     cuts: BTreeSet<(NodeId, NodeId)>,
     running: BTreeMap<NodeId, Arc<Replica>>,
+    /// Who was refused with the word that its key is out for good.
+    told: BTreeSet<NodeId>,
 }
 
 /// The network.
@@ -57,7 +59,13 @@ enum Fate {
 impl Net {
     /// A calm network of nobody.
     pub fn new(dice: Dice, books: Books) -> Arc<Self> {
-        let inner = Inner { dice, weather: Weather::CALM, cuts: BTreeSet::new(), running: BTreeMap::new() };
+        let inner = Inner {
+            dice,
+            weather: Weather::CALM,
+            cuts: BTreeSet::new(),
+            running: BTreeMap::new(),
+            told: BTreeSet::new(),
+        };
         Arc::new(Self { inner: Mutex::new(inner), books })
     }
 
@@ -87,6 +95,11 @@ impl Net {
             Some(replica) => inner.running.insert(node, replica),
             None => inner.running.remove(&node),
         };
+    }
+
+    /// Whether a node was told that its key is out for good, once.
+    pub fn takes_told(&self, node: NodeId) -> bool {
+        self.inner().told.remove(&node)
     }
 
     fn replica(&self, node: NodeId) -> Option<Arc<Replica>> {
@@ -159,6 +172,9 @@ impl Net {
             return Err(Lost::Unreachable("its daemon does not run".into()));
         };
         if !self.talks(&replica, from) {
+            if replica.state().removed(from).is_some() {
+                self.inner().told.insert(from);
+            }
             return Err(Lost::Unreachable("it refuses who is no member".into()));
         }
         let kind = match &message.request {

@@ -263,6 +263,14 @@ async fn keep(node: Arc<Node>, replica: Arc<Replica>) {
 /// Renews the lease.
 async fn renew(node: Arc<Node>, replica: Arc<Replica>) {
     loop {
+        if node.shared.net.takes_told(node.id) {
+            // As a daemon: it ends what it was in there. By a task of its own, for this one ends with it.
+            tokio::spawn(async move {
+                node.stop(false).await;
+                node.begin_life(0);
+            });
+            return;
+        }
         let asked = node.now_ms();
         let others: Vec<NodeId> =
             replica.state().members().active().map(|m| m.id).filter(|id| *id != node.id).collect();
