@@ -5,13 +5,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use capstan_cluster::raft::{ProposeError, Replica, Standing};
-use capstan_cluster::{Command, Response, Seat};
+use capstan_cluster::{Command, Refusal, Response, Seat};
 use capstan_proto::{DeploymentId, Epoch};
 use tokio::time::{sleep, timeout};
 
 use crate::deployments;
 use crate::endpoint;
-use crate::error::NodeError;
+use crate::error::{CallError, NodeError};
 use crate::node::{Shared, until_stopped};
 use crate::raft_link::RaftLink;
 
@@ -84,6 +84,12 @@ pub(crate) async fn keep_loop(shared: Arc<Shared>) {
             // The leader may have come in while this node was cut off: a member that it knows has to name it first.
             let others: Vec<_> = shared.membership.others().iter().map(|m| m.id).collect();
             replica.confirm(ASK_LIMIT, &others).await;
+            for other in others {
+                if let Err(CallError::Removed { .. }) = shared.client.stand(other).await {
+                    tokio::spawn(until_stopped(shared.clone(), put_out(shared.clone())));
+                    break;
+                }
+            }
         }
     }
 }
@@ -98,7 +104,12 @@ pub(crate) async fn refresh_loop(shared: Arc<Shared>) {
 
 /// Finds out who is a member now and what is whose, and takes up what this node coordinated before. Only then it serves.
 pub(crate) async fn become_current(shared: Arc<Shared>) {
+    let cluster = shared.membership.cluster();
     shared.membership.confirm().await;
+    if shared.membership.cluster() != cluster {
+        // It has left meanwhile, and what it coordinated stays behind.
+        return;
+    }
     let resumed = tokio::spawn(until_stopped(shared.clone(), deployments::resume(shared.clone())));
     // One may lie on a disk that does not answer.
     if timeout(RESUME_WAIT, resumed).await.is_err() {
@@ -133,6 +144,7 @@ pub(crate) async fn put_out(shared: Arc<Shared>) {
 /// Forgets the cluster; this node is the only member of a new one.
 pub(crate) async fn be_alone(shared: &Arc<Shared>) -> Result<(), NodeError> {
     let old = shared.membership.be_alone(endpoint::addrs(&shared.endpoint));
+    shared.deployments.forget_saved();
     shared.end_stages();
     shared.alone_again();
     go_over(shared, old).await
@@ -161,16 +173,18 @@ pub(crate) async fn place(
     match shared.membership.propose(command).await {
         Ok(Response::Epoch(epoch)) => Ok(epoch),
         Ok(_) => Err(NotPlaced::ForGood("the log answered something else; update capstan on all nodes".into())),
+        // An answer that was lost, or a node that is being removed. If it is another's, the log says so in a moment.
+        Err(error @ ProposeError::Refused(Refusal::EpochMoved { .. } | Refusal::SeatOutside(_))) => {
+            Err(NotPlaced::ForNow(error.to_string()))
+        }
         Err(error @ ProposeError::Refused(_)) => Err(NotPlaced::ForGood(error.to_string())),
         Err(error) => Err(NotPlaced::ForNow(error.to_string())),
     }
 }
 
-/// Lets the cluster know that a deployment is no more. Nobody waits for it: an entry that stays does no harm.
+/// Lets the cluster know that a deployment is no more. Nobody waits for it: what was not heard is said again
+/// ([`crate::takeover`]).
 pub(crate) fn withdraw(shared: &Arc<Shared>, deployment: DeploymentId, epoch: Epoch) {
-    if epoch == Epoch(0) {
-        return;
-    }
     let membership = shared.membership.clone();
     tokio::spawn(until_stopped(shared.clone(), async move {
         let command = Command::Withdraw { deployment, previous: epoch };

@@ -249,6 +249,10 @@ impl Coordinator {
     fn handle(&mut self, message: Message) -> Result<(), String> {
         if self.health == Health::Failed {
             // Only an unload ends this state.
+            if let Message::Vacate(_, done) = message {
+                // Its stages are gone.
+                done.send(Ok(())).ok();
+            }
             return Ok(());
         }
         // An earlier placement may have had more stages.

@@ -1,5 +1,5 @@
 //! What this node coordinates: from a load request to a placement, and back after a restart.
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -59,6 +59,8 @@ pub(crate) struct Deployments {
     path: PathBuf,
     entries: Mutex<HashMap<DeploymentId, Entry>>,
     saved: Mutex<Vec<Saved>>,
+    /// What was ended here since the start: eight bytes for each load.
+    ended: Mutex<HashSet<DeploymentId>>,
     stamp: AtomicU64,
 }
 
@@ -66,7 +68,13 @@ impl Deployments {
     pub(crate) fn open(data_dir: &Path) -> Result<Self, NodeError> {
         let path = data_dir.join("deployments.json");
         let saved = files::read_json(&path)?.unwrap_or_default();
-        Ok(Self { path, entries: Mutex::default(), saved: Mutex::new(saved), stamp: AtomicU64::new(now_ms()) })
+        Ok(Self {
+            path,
+            entries: Mutex::default(),
+            saved: Mutex::new(saved),
+            ended: Mutex::default(),
+            stamp: AtomicU64::new(now_ms()),
+        })
     }
 
     fn entries(&self) -> MutexGuard<'_, HashMap<DeploymentId, Entry>> {
@@ -121,15 +129,35 @@ impl Deployments {
 
     /// Forgets a deployment, on disk too.
     pub(crate) fn remove(&self, id: DeploymentId) {
+        self.ended().insert(id);
         self.entries().remove(&id);
         self.save(|saved| saved.retain(|s| s.id != id));
     }
 
+    fn ended(&self) -> MutexGuard<'_, HashSet<DeploymentId>> {
+        self.ended.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether a deployment was ended here since the start, by whoever or whatever.
+    pub(crate) fn has_ended(&self, id: DeploymentId) -> bool {
+        self.ended().contains(&id)
+    }
+
+    /// Forgets what would come back after a restart: it stays with a cluster that was left.
+    pub(crate) fn forget_saved(&self) {
+        self.save(Vec::clear);
+    }
+
     /// Notes a deployment on disk, so that it comes back after a restart.
     pub(crate) fn keep(&self, b: &Blueprint) {
-        let Some(one) = Saved::of(b) else { return };
+        if let Some(one) = Saved::of(b) {
+            self.keep_saved(one);
+        }
+    }
+
+    fn keep_saved(&self, one: Saved) {
         self.save(|saved| {
-            saved.retain(|s| s.id != b.id);
+            saved.retain(|s| s.id != one.id);
             saved.push(one);
         });
     }
@@ -450,8 +478,13 @@ pub(crate) fn take_up(
     epoch: Epoch,
     before: Vec<StagePlan>,
 ) -> Result<(), ManageError> {
-    shared.deployments.keep(&blueprint);
-    launch_at(shared, blueprint, None, Some((epoch, before)))
+    let (id, saved) = (blueprint.id, Saved::of(&blueprint));
+    shared.deployments.ended().remove(&id);
+    launch_at(shared, blueprint, None, Some((epoch, before)))?;
+    if let Some(one) = saved {
+        shared.deployments.keep_saved(one);
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -31,8 +31,9 @@ impl Fleet {
     /// The same with so much more free on some: what a deployment would give back.
     pub(crate) fn with_free(mut self, more: &[(NodeId, u64)]) -> Self {
         for node in &mut self.0 {
-            let back = more.iter().filter(|(id, _)| *id == node.id).map(|(_, bytes)| bytes).sum();
-            node.memory_free_bytes = node.memory_free_bytes.saturating_add(back);
+            for (_, bytes) in more.iter().filter(|(id, _)| *id == node.id) {
+                node.memory_free_bytes = node.memory_free_bytes.saturating_add(*bytes);
+            }
         }
         self
     }

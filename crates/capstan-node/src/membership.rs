@@ -419,7 +419,7 @@ impl Membership {
             (seat.saved.name.clone(), seat.rename)
         };
         // A name that was taken has got a number.
-        let renamed = rename && own.name != wanted && !own.name.starts_with(&format!("{wanted}-"));
+        let renamed = rename && own.name != wanted && !is_numbered(&own.name, &wanted);
         if (own.addrs == addrs && own.version == self.version && !renamed) || self.why_not().is_some() {
             return;
         }
@@ -427,6 +427,11 @@ impl Membership {
         let node = Newcomer { id: self.id, name, addrs, version: self.version.clone() };
         match self.propose(Command::Refresh(node)).await {
             Ok(_) => self.seat().rename = false,
+            Err(error @ ProposeError::Refused(_)) if renamed => {
+                // Not again every second; the name that it has stays.
+                tracing::warn!(%error, "this node cannot be renamed");
+                self.seat().rename = false;
+            }
             Err(error) => tracing::debug!(%error, "the cluster could not be told where this node is"),
         }
     }
@@ -500,6 +505,12 @@ pub(crate) struct Admitted {
     pub(crate) entry: Member,
     pub(crate) life: u64,
     pub(crate) members: Vec<Member>,
+}
+
+/// Whether a name is another with the number that makes it unique.
+fn is_numbered(name: &str, wanted: &str) -> bool {
+    let number = name.strip_prefix(wanted).and_then(|rest| rest.strip_prefix('-'));
+    number.is_some_and(|number| number.parse::<u32>().is_ok())
 }
 
 fn alone(name: String) -> Saved {

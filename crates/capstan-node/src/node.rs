@@ -10,7 +10,7 @@ use capstan_proto::control::{
 };
 use capstan_proto::manage::{ClusterStatus, DeploymentStatus, Health, NodeStatus};
 use capstan_proto::pairing::PAIR_ALPN;
-use capstan_proto::{ClusterId, DeploymentId, NodeId};
+use capstan_proto::{ClusterId, DeploymentId, Epoch, NodeId};
 use capstan_store::Store;
 use capstan_store::remote::Remote;
 use iroh::Endpoint;
@@ -220,6 +220,12 @@ impl Shared {
             }
         }
         all
+    }
+
+    /// The epoch of a deployment that this node coordinates as far as the cluster knows.
+    pub(crate) fn placed_here(&self, id: DeploymentId) -> Option<Epoch> {
+        let state = self.membership.state()?;
+        state.placed(id).filter(|p| p.coordinator == self.id).map(|p| p.epoch)
     }
 
     /// Whether the cluster has agreed that another node coordinates this deployment.

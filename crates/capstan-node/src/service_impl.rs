@@ -60,8 +60,9 @@ impl Service for Node {
         if let Some(own) = shared.deployments.list().into_iter().find(|d| d.name == name) {
             return shared.deployments.unload(own.id).await;
         }
-        let Some(found) = shared.view.deployments().into_iter().find(|d| d.name == name) else {
-            let mut names: Vec<_> = shared.all_deployments().into_iter().map(|d| d.name).collect();
+        let all = shared.all_deployments();
+        let Some(found) = all.iter().find(|d| d.name == name) else {
+            let mut names: Vec<_> = all.into_iter().map(|d| d.name).collect();
             names.sort();
             let have =
                 if names.is_empty() { "no model is loaded".into() } else { format!("loaded are {}", names.join(", ")) };
@@ -229,7 +230,7 @@ impl Service for Node {
         let member = self.member(&name)?;
         let mut trouble = moving::away_from(shared, member.id).await;
         let on_it = |d: &&DeploymentStatus| d.stages.iter().any(|s| s.node == member.id);
-        let others = shared.view.deployments();
+        let others: Vec<_> = shared.all_deployments().into_iter().filter(|d| d.coordinator != shared.id).collect();
         let coordinators: BTreeSet<_> = others.iter().filter(on_it).map(|d| d.coordinator).collect();
         for coordinator in coordinators {
             let request = Request::Drain { node: member.id };

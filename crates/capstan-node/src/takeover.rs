@@ -38,11 +38,13 @@ pub(crate) async fn takeover_loop(shared: Arc<Shared>) {
     let mut tried: HashMap<DeploymentId, Instant> = HashMap::new();
     loop {
         sleep(LOOK_EVERY).await;
+        let now = Instant::now();
+        tried.retain(|_, at| now < *at + TRY_AGAIN);
+        set_right(&shared, &mut tried).await;
         let Some(state) = shared.membership.state().filter(|_| may_act(&shared)) else {
             away.clear();
             continue;
         };
-        let now = Instant::now();
         let coordinators: Vec<NodeId> = state.deployments().map(|(_, p)| p.coordinator).collect();
         away.retain(|node, _| coordinators.contains(node) && !shared.membership.online(*node));
         for node in coordinators {
@@ -50,7 +52,6 @@ pub(crate) async fn takeover_loop(shared: Arc<Shared>) {
                 away.entry(node).or_insert(now);
             }
         }
-        tried.retain(|id, at| state.placed(*id).is_some() && now < *at + TRY_AGAIN);
         for (id, placed) in state.deployments() {
             let nobodys = placed.recipe.is_empty() && !shared.membership.is_member(placed.coordinator);
             if nobodys && !tried.contains_key(id) {
@@ -72,6 +73,35 @@ pub(crate) async fn takeover_loop(shared: Arc<Shared>) {
     }
 }
 
+/// What the log says is coordinated here and is not: it was ended, and the log has not heard; or the log's answer to a
+/// takeover was lost.
+async fn set_right(shared: &Arc<Shared>, tried: &mut HashMap<DeploymentId, Instant>) {
+    let membership = &shared.membership;
+    let Some(state) = membership.state().filter(|_| membership.is_current() && membership.why_not().is_none()) else {
+        return;
+    };
+    for (id, placed) in state.deployments().filter(|(_, p)| p.coordinator == shared.id) {
+        if shared.deployments.has(*id) || tried.contains_key(id) {
+            continue;
+        }
+        tried.insert(*id, Instant::now());
+        let taken_up = if shared.deployments.has_ended(*id) || placed.recipe.is_empty() {
+            Err("it was ended".to_owned())
+        } else {
+            take_up(shared, *id, placed).await
+        };
+        if let Err(reason) = taken_up {
+            tracing::info!(deployment = %id, reason, "a deployment that is no more is taken out of the log");
+            agreement::withdraw(shared, *id, placed.epoch);
+        }
+    }
+}
+
+async fn take_up(shared: &Arc<Shared>, id: DeploymentId, placed: &Placed) -> Result<(), String> {
+    let blueprint = Saved::read(&placed.recipe)?.open(shared, id).await?;
+    deployments::take_up(shared, blueprint, placed.epoch, vec![]).map_err(|e| e.message)
+}
+
 /// Whether this node leads, with a majority, and is not about to end.
 fn may_act(shared: &Shared) -> bool {
     let membership = &shared.membership;
@@ -83,7 +113,9 @@ fn may_act(shared: &Shared) -> bool {
 fn lost(shared: &Shared, node: NodeId, since: Instant, now: Instant) -> bool {
     let membership = &shared.membership;
     let away = now.duration_since(since);
-    let wait = if !membership.is_member(node) || membership.fell_silent(node) {
+    let wait = if !membership.is_member(node) {
+        Duration::from_millis(TAKEOVER_MS)
+    } else if membership.fell_silent(node) {
         // Its lease was running while it was silent; what is left of it is the difference of two clocks.
         Duration::from_millis(TAKEOVER_MS - LEASE_MS)
     } else {
@@ -95,6 +127,9 @@ fn lost(shared: &Shared, node: NodeId, since: Instant, now: Instant) -> bool {
 /// Goes on with a deployment on the nodes that are there.
 async fn take_over(shared: &Arc<Shared>, id: DeploymentId, placed: &Placed) -> Result<(), String> {
     let saved = Saved::read(&placed.recipe)?;
+    if shared.deployments.list().iter().any(|d| d.name == saved.name) {
+        return Err(format!("another model is served as {:?} here", saved.name));
+    }
     let mut blueprint = saved.open(shared, id).await?;
     let before = std::mem::take(&mut blueprint.stages);
     blueprint.stages = stages(shared, &blueprint, &before).await?;
@@ -105,7 +140,7 @@ async fn take_over(shared: &Arc<Shared>, id: DeploymentId, placed: &Placed) -> R
     let epoch = match agreement::place(shared, id, placed.epoch, seats, recipe).await {
         Ok(epoch) => epoch,
         // Another was faster.
-        Err(NotPlaced::ForGood(_)) if shared.membership.state().is_none_or(|s| s.placed(id) != Some(placed)) => {
+        Err(_) if shared.membership.state().is_none_or(|s| s.placed(id) != Some(placed)) => {
             return Ok(());
         }
         Err(NotPlaced::ForNow(why) | NotPlaced::ForGood(why)) => return Err(why),

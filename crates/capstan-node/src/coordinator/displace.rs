@@ -105,6 +105,9 @@ impl Coordinator {
                 self.away(i, "it does not answer".to_owned())?;
             }
         }
+        if !self.displacing.planning && self.stages.iter().any(|s| self.given_up(s, now)) {
+            self.leave_later();
+        }
         let asked_lately = self.displacing.ask_at.is_some_and(|t| t > now);
         if self.displacing.leaving.is_some() || !self.displacing.may || self.displacing.planning || asked_lately {
             return Ok(());
@@ -193,7 +196,7 @@ impl Coordinator {
         }
         self.displacing.leaving = Some(Leaving { node, done, choice: self.blueprint.choice.clone() });
         let nodes = match &self.blueprint.choice {
-            Choice::Nodes(named) => named.iter().copied().filter(|n| *n != node).collect(),
+            Choice::Nodes(_) => self.left().into_iter().filter(|n| *n != node).collect(),
             Choice::Planner | Choice::Layers => vec![],
         };
         if nodes.is_empty() && matches!(self.blueprint.choice, Choice::Nodes(_)) {
@@ -216,10 +219,16 @@ impl Coordinator {
         self.displacing.home = Some(home);
     }
 
-    fn not_vacated(&mut self, why: String) {
+    pub(super) fn not_vacated(&mut self, why: String) {
         if let Some(leaving) = self.displacing.leaving.take() {
+            self.blueprint.choice = leaving.choice;
             leaving.done.send(Err(why)).ok();
         }
+    }
+
+    /// A node that was to take the layers over was lost itself; that comes first.
+    fn leave_later(&mut self) {
+        self.not_vacated("another node was lost meanwhile; try again when the model answers".to_owned());
     }
 
     /// The model answers: who waits for a node to be left hears whether it was.
@@ -284,6 +293,9 @@ impl Coordinator {
     pub(super) fn go_home(&mut self) -> bool {
         let Some(home) = self.displacing.home.take() else { return false };
         let layers = self.blueprint.model.model.n_layers();
+        if home.iter().any(|s| !self.shared.membership.is_member(s.node)) {
+            return false;
+        }
         let Ok(placement) = Placement::new(layers, home, vec![]) else { return false };
         self.replace(placement, "the other nodes could not take over, so its own are waited for");
         self.displacing.stay = true;

@@ -67,8 +67,9 @@ impl Coordinator {
     /// Forgets the deployment, and tells who waits for that.
     pub(super) async fn remove(&mut self) {
         self.shared.deployments.remove(self.blueprint.id);
-        if !self.shared.is_others(self.blueprint.id) {
-            agreement::withdraw(&self.shared, self.blueprint.id, self.epoch);
+        // After a restart the log knows its epoch better than this coordinator, which may not have been wired.
+        if let Some(epoch) = self.shared.placed_here(self.blueprint.id) {
+            agreement::withdraw(&self.shared, self.blueprint.id, epoch);
         }
         self.shared.cutter.clear(self.blueprint.id).await;
         self.shared.push_deployments().await;
@@ -89,6 +90,7 @@ impl Coordinator {
     pub(super) async fn fail(&mut self, message: String) {
         tracing::error!(model = self.blueprint.name, message, "a deployment failed");
         self.abort_requests(&message);
+        self.not_vacated(message.clone());
         self.health = Health::Failed;
         self.detail = clip(message);
         self.publish();

@@ -26,15 +26,15 @@ impl Coordinator {
 
     pub(super) fn placed(&mut self, layout: u64, placed: Result<Epoch, NotPlaced>) -> Result<(), String> {
         self.placing = false;
-        match placed {
+        if layout != self.displacing.layout {
             // The layers have gone elsewhere since it was asked for; the next epoch follows on this one.
-            Ok(epoch) if layout != self.displacing.layout => {
-                self.epoch = epoch;
-                if self.stages.iter().all(|s| s.loaded.is_some()) {
-                    self.wire();
-                }
-                Ok(())
+            self.epoch = placed.ok().unwrap_or(self.epoch);
+            if self.stages.iter().all(|s| s.loaded.is_some()) {
+                self.wire();
             }
+            return Ok(());
+        }
+        match placed {
             Ok(epoch) => {
                 self.epoch = epoch;
                 // A stage that went away meanwhile asks for another epoch when it is back.
