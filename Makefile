@@ -58,6 +58,12 @@ chaos: setup model ## Kill, freeze and restart stages and daemons under load; no
 .PHONY: soak
 soak: setup model ## The same for MINUTES=n
 	CHAOS_MINUTES=$(or $(MINUTES),60) $(call CHAOS,soak)
+
+.PHONY: snapshots
+snapshots: setup model model-bench ## Whether a copy of the KV cache brings a lost sequence back sooner than computing it
+	$(CARGO) build --release --workspace --locked --example snapshots --features capstan-llama/snapshot
+	@for model in smollm2 qwen; do echo "$$model:"; target/release/examples/snapshots --model "$$(scripts/fetch-model.sh $$model)"; done
+
 RUNS ?= 100000
 .PHONY: sim-cluster
 sim-cluster: setup ## What a cluster agrees on, in virtual time over failing disks and networks (RUNS=100000)

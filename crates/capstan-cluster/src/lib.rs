@@ -10,6 +10,7 @@
 //! | [`voters`] | who votes and who learns |
 //! | [`fence`] | what keeps two epochs of a deployment apart |
 //! | [`detector`] | who answered lately |
+//! | [`links`] | which links have become slow |
 //! | [`raft`] | the log of changes: openraft, its disk and its messages |
 //!
 //! All but [`raft`] is pure: time, keys and randomness are arguments. [`raft`] has no socket and no clock of its own: the
@@ -20,6 +21,7 @@ pub mod command;
 pub mod detector;
 pub mod fence;
 pub mod keys;
+pub mod links;
 pub mod members;
 pub mod pairing;
 pub mod raft;
@@ -31,6 +33,7 @@ pub use capstan_proto::control::{Member, MemberState};
 pub use command::{Command, Newcomer, Outcome, Proposal, Refusal, Response, Seat, Voucher};
 pub use detector::Detector;
 pub use keys::{ApiKeys, KeyError};
+pub use links::{LinkWatch, SlowLink};
 pub use members::{Change, MemberError, Members};
 pub use pairing::{PairError, PairingCode, PairingDesk};
 pub use state::{Placed, Removal, State};

@@ -238,6 +238,11 @@ impl State {
         self.cluster
     }
 
+    /// Whether a deployment was ended for good, as far as that is remembered.
+    pub fn is_withdrawn(&self, deployment: DeploymentId) -> bool {
+        self.withdrawn.contains(&deployment)
+    }
+
     /// Grows by one with every change.
     pub fn version(&self) -> u64 {
         self.version
@@ -376,6 +381,7 @@ mod tests {
         assert!(matches!(s.apply(&by(1, withdraw(1))), Err(Refusal::EpochMoved { .. })));
         assert_eq!(s.apply(&by(1, withdraw(2))), Ok(Response::Done));
         assert_eq!(s.apply(&by(1, withdraw(2))), Ok(Response::Done), "asked for again");
+        assert!(s.is_withdrawn(DeploymentId(9)) && !s.is_withdrawn(DeploymentId(8)));
         assert_eq!(s.apply(&by(1, place(9, 0, 1, 79))), Err(Refusal::Withdrawn), "one that comes late");
     }
 

@@ -218,6 +218,16 @@ impl Context {
         self.next.get(slot as usize).copied()
     }
 
+    #[cfg(feature = "snapshot")]
+    pub(crate) fn as_ptr(&self) -> *mut sys::llama_context {
+        self.ptr.as_ptr()
+    }
+
+    #[cfg(feature = "snapshot")]
+    pub(crate) fn put_next(&mut self, slot: u32, next: u32) {
+        self.next[slot as usize] = next;
+    }
+
     /// Empties every slot.
     pub fn clear(&mut self) {
         // SAFETY: the memory belongs to this live context, and no decode is running.

@@ -62,9 +62,11 @@ async fn follow_changes(shared: Arc<Shared>, replica: Arc<Replica>) {
         if ours && shared.membership.remember(&state) {
             shared.members_changed();
         }
-        let overruled = |id: &DeploymentId| state.placed(*id).is_some_and(|p| p.coordinator != shared.id);
-        for id in shared.deployments.ids().into_iter().filter(overruled).filter(|_| ours) {
-            tracing::warn!(%id, "another node has taken this deployment over");
+        let over = |id: &DeploymentId| {
+            state.is_withdrawn(*id) || state.placed(*id).is_some_and(|p| p.coordinator != shared.id)
+        };
+        for id in shared.deployments.ids().into_iter().filter(over).filter(|_| ours) {
+            tracing::warn!(%id, "this deployment is another node's now, or was unloaded while this one was away");
             let shared = shared.clone();
             tokio::spawn(async move { shared.deployments.unload(id).await });
         }
@@ -114,12 +116,6 @@ pub(crate) async fn become_current(shared: Arc<Shared>) {
     // One may lie on a disk that does not answer.
     if timeout(RESUME_WAIT, resumed).await.is_err() {
         tracing::warn!("models of before the start take long to open; they come back later");
-    } else if let Some(state) = shared.membership.state() {
-        let own = state.deployments().filter(|(_, p)| p.coordinator == shared.id);
-        for (id, placed) in own.filter(|(id, _)| !shared.deployments.has(**id)) {
-            // What was not brought back is no more.
-            withdraw(&shared, *id, placed.epoch);
-        }
     }
     shared.membership.set_current();
     shared.poll_now.notify_one();

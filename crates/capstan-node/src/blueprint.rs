@@ -9,6 +9,7 @@ use capstan_proto::{DeploymentId, Epoch, NodeId};
 use serde::{Deserialize, Serialize};
 
 use crate::cutter::OpenModel;
+use crate::membership::Membership;
 use crate::rehearsal::MadeUp;
 
 /// Who chose the placement.
@@ -21,6 +22,16 @@ pub(crate) enum Choice {
     Nodes(Vec<NodeId>),
     /// The planner.
     Planner,
+}
+
+impl Choice {
+    /// The nodes that were named and are there; none leaves the choice to the planner.
+    pub(crate) fn there(&self, membership: &Membership) -> Vec<NodeId> {
+        match self {
+            Self::Nodes(named) => named.iter().copied().filter(|n| membership.online(*n)).collect(),
+            Self::Planner | Self::Layers => vec![],
+        }
+    }
 }
 
 /// What a deployment is made of.

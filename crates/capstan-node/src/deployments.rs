@@ -110,6 +110,11 @@ impl Deployments {
         self.entries().contains_key(&id)
     }
 
+    /// Whether a deployment is noted on disk: after a restart it may not be open yet.
+    pub(crate) fn comes_back(&self, id: DeploymentId) -> bool {
+        self.saved.lock().unwrap_or_else(PoisonError::into_inner).iter().any(|s| s.id == id)
+    }
+
     /// The deployments that are coordinated here.
     pub(crate) fn ids(&self) -> Vec<DeploymentId> {
         self.entries().keys().copied().collect()
@@ -459,6 +464,8 @@ pub(crate) async fn resume(shared: Arc<Shared>) {
     for one in saved {
         let opened = if shared.is_others(one.id) {
             Err("another node has taken it over".to_owned())
+        } else if shared.membership.state().is_some_and(|s| s.is_withdrawn(one.id)) {
+            Err("it was unloaded while this node was away".to_owned())
         } else {
             one.open(&shared, one.id).await
         };

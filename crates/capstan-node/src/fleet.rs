@@ -116,8 +116,11 @@ impl Fleet {
     ) -> Option<T> {
         let placed = |s: &StagePlan| {
             let node = self.0.iter().position(|n| n.id == s.node)?;
+            // Nodes of one machine share the cache of the first of them.
+            let cache = self.0.iter().position(|n| nodes::on_one_machine(n, &self.0[node])).unwrap_or(node);
             Some(Placed {
                 node,
+                cache,
                 machine: s.node_name.clone(),
                 rates: Rates::measured(self.0[node].profile.clone()?),
                 usable_bytes: self.0[node].memory_free_bytes,

@@ -28,6 +28,8 @@ const DEVICE_TIMEOUT: Duration = Duration::from_secs(60);
 const LINK_TIMEOUT: Duration = Duration::from_secs(20);
 /// Measurements at most: each gets a few types of weights done, and some a backend may not have.
 const TRIES_MAX: u32 = 6;
+/// How long a measurement counts, in seconds, while nothing seems to have changed.
+const LINK_AGE_S: u64 = 600;
 /// Round trips of which the shortest counts.
 const ROUND_TRIPS: usize = 5;
 /// While a measurement runs: between two looks whether a stage wants to start.
@@ -124,14 +126,15 @@ async fn device(shared: &Shared, hardware: String, known: Option<DeviceProfile>)
     Ok(())
 }
 
-/// Measures the link to each member that this end has to measure, once.
+/// Measures the link to each member that this end has to measure: once, when its round trips have changed, and now and
+/// then while nothing runs.
 pub(crate) async fn link_loop(shared: Arc<Shared>) {
     loop {
         let mine = shared.membership.others().into_iter().find(|m| {
             m.id > shared.id
                 && shared.membership.online(m.id)
                 && !shared.machine.is_busy()
-                && !shared.view.has_link(m.id)
+                && !shared.view.has_link(m.id, now_s().saturating_sub(LINK_AGE_S))
         });
         if let Some(member) = mine {
             match timeout(LINK_TIMEOUT, link(&shared, member.id)).await {
@@ -139,7 +142,17 @@ pub(crate) async fn link_loop(shared: Arc<Shared>) {
                     let mbit = |bytes: u64| bytes / 125_000;
                     let (up, down) = (mbit(found.up_bytes_per_s), mbit(found.down_bytes_per_s));
                     tracing::info!(node = member.name, rtt_us = found.rtt_us, up, down, "a link was measured (Mbit/s)");
-                    shared.view.put_link(found);
+                    if let Some(before) = shared.view.put_link(found).filter(|before| is_slower(before, &found)) {
+                        let (was_up, was_down) = (mbit(before.up_bytes_per_s), mbit(before.down_bytes_per_s));
+                        tracing::warn!(
+                            node = member.name,
+                            up,
+                            down,
+                            was_up,
+                            was_down,
+                            "a link is slower than it was (Mbit/s)"
+                        );
+                    }
                 }
                 Ok(Err(error)) => tracing::debug!(node = member.name, %error, "a link could not be measured"),
                 Err(_) => tracing::debug!(node = member.name, "measuring a link took too long"),
@@ -147,6 +160,12 @@ pub(crate) async fn link_loop(shared: Arc<Shared>) {
         }
         sleep(LOOK_AGAIN).await;
     }
+}
+
+/// Whether a link has become so much slower that it is no accident of measuring.
+fn is_slower(before: &LinkStatus, now: &LinkStatus) -> bool {
+    let halved = |before: u64, now: u64| now < before / 2;
+    halved(before.up_bytes_per_s, now.up_bytes_per_s) || halved(before.down_bytes_per_s, now.down_bytes_per_s)
 }
 
 async fn link(shared: &Shared, to: NodeId) -> Result<LinkStatus, CallError> {

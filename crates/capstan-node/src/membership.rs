@@ -31,6 +31,9 @@ const PROPOSE_LIMIT: Duration = Duration::from_secs(8);
 const ARRIVE_LIMIT: Duration = Duration::from_secs(2);
 /// How long a voter may be away before another takes its place: a reboot.
 const PRESENT_MS: u64 = 120_000;
+/// How long a node may be away that said goodbye before others do its work: it is being restarted, most likely, and
+/// loading a model elsewhere and back again would take longer.
+pub(crate) const GOODBYE_GRACE: Duration = Duration::from_secs(15);
 /// How long a daemon that ends may still hold the file of the log.
 const BUSY_LIMIT: Duration = Duration::from_secs(3);
 

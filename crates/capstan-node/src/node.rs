@@ -5,10 +5,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use capstan_cluster::SlowLink;
 use capstan_proto::control::{
     CLOSE_NOT_A_MEMBER, CLOSE_REMOVED, CONTROL_ALPN, Done, Gossip, JOIN_ALPN, RAFT_ALPN, Request,
 };
-use capstan_proto::manage::{ClusterStatus, DeploymentStatus, Health, NodeStatus};
+use capstan_proto::manage::{ClusterStatus, NodeStatus};
 use capstan_proto::pairing::PAIR_ALPN;
 use capstan_proto::{ClusterId, DeploymentId, Epoch, NodeId};
 use capstan_store::Store;
@@ -202,26 +203,6 @@ impl Shared {
         self.models.changed.notify_one();
     }
 
-    /// Deployments of the whole cluster, as this node knows them.
-    pub(crate) fn all_deployments(&self) -> Vec<DeploymentStatus> {
-        let mut all = self.deployments.list();
-        let placed = self.membership.state();
-        let coordinator = |id| placed.as_ref().and_then(|state| Some(state.placed(id)?.coordinator));
-        let (counting, overruled): (Vec<_>, Vec<_>) =
-            self.view.deployments().into_iter().partition(|d| coordinator(d.id).is_none_or(|c| c == d.coordinator));
-        all.extend(counting);
-        // A node that was away still tells of a deployment that another has taken over; the other may not tell of it yet.
-        for old in overruled {
-            if let Some(coordinator) = coordinator(old.id)
-                && !all.iter().any(|d| d.id == old.id)
-            {
-                let detail = format!("node {} takes it over", self.membership.name_of(coordinator));
-                all.push(DeploymentStatus { coordinator, health: Health::Recovering, detail, ..old });
-            }
-        }
-        all
-    }
-
     /// The epoch of a deployment that this node coordinates as far as the cluster knows.
     pub(crate) fn placed_here(&self, id: DeploymentId) -> Option<Epoch> {
         let state = self.membership.state()?;
@@ -273,7 +254,23 @@ impl Shared {
             nodes,
             deployments: self.all_deployments(),
             agreement: agreement::describe(self, &standing),
+            warnings: self.slow_links().into_iter().map(|(_, what)| what).collect(),
         }
+    }
+
+    /// The links from here that have become slow, and how slow, as sentences.
+    fn slow_links(&self) -> Vec<(NodeId, String)> {
+        let ms = |us: u64| us as f64 / 1000.0;
+        let describe = |l: SlowLink| {
+            let (here, there) = (self.membership.name(), self.membership.name_of(l.to));
+            let (now, least) = (ms(l.now_us), ms(l.least_us));
+            let what = format!(
+                "the link from {here} to {there} is slow: a round trip takes {now:.1} ms, it took {least:.1} ms"
+            );
+            (l.to, what)
+        };
+        let there = |l: &SlowLink| self.membership.online(l.to);
+        self.view.slow_links().into_iter().filter(there).map(describe).collect()
     }
 
     /// Exchanges news with one member.
@@ -282,7 +279,14 @@ impl Shared {
         let request = Request::Poll(Box::new(self.gossip()));
         let gossip: Gossip = self.client.call(node, &request, POLL_TIMEOUT).await?;
         gossip.check()?;
-        self.view.put_rtt(node, start.elapsed().as_micros() as u64);
+        if self.view.put_rtt(node, start.elapsed().as_micros() as u64) {
+            let slow = self.slow_links().into_iter().find(|(to, _)| *to == node);
+            let name = self.membership.name_of(node);
+            match slow {
+                Some((_, what)) => tracing::warn!(node = name, "{what}"),
+                None => tracing::info!(node = name, "the link is as fast as before again"),
+            }
+        }
         self.hear_gossip(node, gossip);
         if let Err(error) = keys::exchange(self, node).await {
             tracing::debug!(node = %node.short(), %error, "API keys could not be compared");

@@ -3,8 +3,8 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use capstan_cluster::raft::{Lost, RaftMessage, RaftReply, Transport};
-use capstan_proto::control::{CLOSE_NOT_A_MEMBER, CLOSE_REMOVED, CONTROL_VERSION_MIN};
+use capstan_cluster::raft::{Lost, RaftMessage, RaftReply, RaftRequest, Transport};
+use capstan_proto::control::{CLOSE_NOT_A_MEMBER, CLOSE_REMOVED, CONTROL_VERSION_MIN, HAND_OVER_SINCE};
 use capstan_proto::{ClusterId, NodeId, limits};
 use iroh::endpoint::{Connection, RecvStream, SendStream};
 use iroh::protocol::{AcceptError, ProtocolHandler};
@@ -31,7 +31,10 @@ struct Envelope {
 
 impl Asked for Envelope {
     fn since(&self) -> u32 {
-        CONTROL_VERSION_MIN
+        match self.message.request {
+            RaftRequest::Stand => HAND_OVER_SINCE,
+            _ => CONTROL_VERSION_MIN,
+        }
     }
 }
 

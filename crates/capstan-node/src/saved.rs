@@ -3,12 +3,13 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use capstan_cluster::Placed;
 use capstan_cluster::command::RECIPE_BYTES_MAX;
 use capstan_planner::{Placement, StagePlan};
-use capstan_proto::child::Scheduling;
+use capstan_proto::child::{ChildStats, Scheduling};
 use capstan_proto::limits;
-use capstan_proto::manage::LoadRequest;
-use capstan_proto::{DeploymentId, LayerRange, NodeId};
+use capstan_proto::manage::{DeploymentStatus, Health, LoadRequest, StageStatus};
+use capstan_proto::{DeploymentId, NodeId};
 use serde::{Deserialize, Serialize};
 
 use crate::blueprint::{Blueprint, Choice};
@@ -31,7 +32,7 @@ pub(crate) struct Saved {
     #[serde(default)]
     scheduling: Option<Scheduling>,
     created_unix_s: u64,
-    stages: Vec<SavedStage>,
+    stages: Vec<StagePlan>,
     /// What was asked, where the placement was left to the planner.
     #[serde(default)]
     request: Option<LoadRequest>,
@@ -40,26 +41,12 @@ pub(crate) struct Saved {
     choice: Choice,
 }
 
-#[derive(Clone, Serialize, Deserialize)]
-struct SavedStage {
-    node: NodeId,
-    node_name: String,
-    layers: LayerRange,
-    memory_bytes: u64,
-}
-
 impl Saved {
     /// A deployment written down; none for a rehearsal, which nobody misses, and for a model that is no file.
     pub(crate) fn of(b: &Blueprint) -> Option<Self> {
         if b.rehearsal.is_some() {
             return None;
         }
-        let stage = |s: &StagePlan| SavedStage {
-            node: s.node,
-            node_name: s.node_name.clone(),
-            layers: s.layers,
-            memory_bytes: s.memory_bytes,
-        };
         Some(Self {
             id: b.id,
             name: b.name.clone(),
@@ -70,7 +57,7 @@ impl Saved {
             decode_batch: b.decode_batch,
             scheduling: Some(b.scheduling.clone()),
             created_unix_s: b.created_unix_s,
-            stages: b.stages.iter().map(stage).collect(),
+            stages: b.stages.clone(),
             request: b.request.clone(),
             choice: b.choice.clone(),
         })
@@ -98,21 +85,52 @@ impl Saved {
         }
     }
 
-    /// Its stages as they were placed last.
-    pub(crate) fn stages(&self) -> Vec<StagePlan> {
-        let stage = |s: &SavedStage| StagePlan {
+    /// Whether anybody could go on with it, if these are the members.
+    pub(crate) fn is_feasible(&self, is_member: impl Fn(NodeId) -> bool) -> bool {
+        match &self.choice {
+            Choice::Layers => self.stages.iter().all(|s| is_member(s.node)),
+            Choice::Nodes(named) => named.iter().any(|node| is_member(*node)),
+            Choice::Planner => true,
+        }
+    }
+
+    /// How it is while nobody looks after it.
+    pub(crate) fn orphaned(&self, id: DeploymentId, placed: &Placed, detail: String) -> DeploymentStatus {
+        let stage = |(i, s): (usize, &StagePlan)| StageStatus {
+            stage: i as u16,
             node: s.node,
             node_name: s.node_name.clone(),
             layers: s.layers,
-            memory_bytes: s.memory_bytes,
+            pid: None,
+            shard_bytes: 0,
+            memory_bytes: 0,
+            kv_bytes: 0,
+            compute_bytes: 0,
+            device: String::new(),
+            health: Health::Recovering,
+            stats: ChildStats::default(),
         };
-        self.stages.iter().map(stage).collect()
+        DeploymentStatus {
+            id,
+            name: self.name.clone(),
+            model_hash: String::new(),
+            architecture: String::new(),
+            layers: self.stages.last().map_or(0, |s| s.layers.end()),
+            epoch: placed.epoch,
+            health: Health::Recovering,
+            detail,
+            coordinator: placed.coordinator,
+            ctx: self.ctx,
+            slots: self.slots,
+            stages: self.stages.iter().enumerate().map(stage).collect(),
+            created_unix_s: self.created_unix_s,
+        }
     }
 
     /// Opens the model, and makes of it all what a coordinator needs.
     pub(crate) async fn open(&self, shared: &Arc<Shared>, id: DeploymentId) -> Result<Blueprint, String> {
         let model = shared.open_model(self.path.clone()).await?;
-        let stages = self.stages();
+        let stages = self.stages.clone();
         // The file may have been replaced meanwhile.
         Placement::new(model.model.n_layers(), stages.clone(), vec![]).map_err(|e| e.to_string())?;
         let (scheduling, draft) = self.scheduling(shared, &model).await;
@@ -164,6 +182,8 @@ fn unguessed() -> Scheduling {
 
 #[cfg(test)]
 mod tests {
+    use capstan_proto::LayerRange;
+
     use super::*;
 
     const OLD: &str = r#"{"id":1,"name":"m","path":"PATH","ctx":64,"slots":1,"ubatch":512,"decode_batch":1,
@@ -174,6 +194,22 @@ mod tests {
         let saved: Saved = serde_json::from_str(OLD).unwrap();
         assert!(saved.scheduling.is_none() && unguessed().speculation_depth == 0);
         assert_eq!(saved.choice, Choice::Layers);
+    }
+
+    #[test]
+    fn fixed_layers_need_all_their_nodes_and_named_nodes_one_of_them() {
+        let (here, gone) = (NodeId([1; 32]), NodeId([2; 32]));
+        let stage =
+            |node| StagePlan { node, node_name: "n".into(), layers: LayerRange::new(0, 1).unwrap(), memory_bytes: 0 };
+        let saved = |choice, nodes: &[NodeId]| Saved {
+            choice,
+            stages: nodes.iter().copied().map(stage).collect(),
+            ..serde_json::from_str(OLD).unwrap()
+        };
+        let feasible = |choice, nodes: &[NodeId]| saved(choice, nodes).is_feasible(|node| node == here);
+        assert!(feasible(Choice::Layers, &[here]) && !feasible(Choice::Layers, &[here, gone]));
+        assert!(feasible(Choice::Nodes(vec![gone, here]), &[gone]) && !feasible(Choice::Nodes(vec![gone]), &[here]));
+        assert!(feasible(Choice::Planner, &[gone]));
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use capstan_cluster::raft::ProposeError;
-use capstan_cluster::{Member, Ticket};
+use capstan_cluster::{Command, Member, Ticket};
 use capstan_proto::control::{self, DrainReply, JOIN_ALPN, Join, JoinReply, Request, UnloadReply};
 use capstan_proto::generate::{GenerateEvent, GenerateRequest, RequestError};
 use capstan_proto::keys::{KeyInfo, KeyScope, NewKey};
@@ -71,6 +71,12 @@ impl Service for Node {
                 format!("there is no model {:?}; {have}", name.chars().take(100).collect::<String>()),
             ));
         };
+        let placed = shared.membership.state().and_then(|s| s.placed(found.id).map(|p| p.epoch));
+        if let Some(epoch) = placed.filter(|_| !shared.membership.online(found.coordinator)) {
+            // Nobody looks after it now. Whoever does later reads in the log that it is no more.
+            let withdraw = Command::Withdraw { deployment: found.id, previous: epoch };
+            return shared.membership.propose(withdraw).await.map(|_| ()).map_err(not_made);
+        }
         let request = Request::Unload { deployment: found.id };
         let UnloadReply(trouble) = shared.client.call(found.coordinator, &request, UNLOAD_TIMEOUT).await?;
         trouble.map_or(Ok(()), |message| Err(ManageError::new(502, message)))

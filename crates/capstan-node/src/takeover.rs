@@ -20,6 +20,7 @@ use crate::agreement::{self, NotPlaced};
 use crate::blueprint::{Blueprint, Choice};
 use crate::deployments;
 use crate::fleet::Fleet;
+use crate::membership::{GOODBYE_GRACE, Membership};
 use crate::node::Shared;
 use crate::placing;
 use crate::saved::Saved;
@@ -27,8 +28,6 @@ use crate::scheduling::Wanted;
 
 /// How often coordinators are looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
-/// How long a coordinator may be away that said goodbye: it is being restarted, most likely.
-const GOODBYE_GRACE: Duration = Duration::from_secs(15);
 /// How long after an attempt that failed the next one is made.
 const TRY_AGAIN: Duration = Duration::from_secs(5);
 
@@ -53,9 +52,8 @@ pub(crate) async fn takeover_loop(shared: Arc<Shared>) {
             }
         }
         for (id, placed) in state.deployments() {
-            let nobodys = placed.recipe.is_empty() && !shared.membership.is_member(placed.coordinator);
-            if nobodys && !tried.contains_key(id) {
-                // Whoever could have brought it back is no member any more.
+            if is_nobodys(&shared.membership, placed) && !tried.contains_key(id) {
+                tracing::error!(%id, "a deployment is given up: those who could go on with it are no members any more");
                 agreement::withdraw(&shared, *id, placed.epoch);
                 tried.insert(*id, now);
             }
@@ -73,15 +71,21 @@ pub(crate) async fn takeover_loop(shared: Arc<Shared>) {
     }
 }
 
-/// What the log says is coordinated here and is not: it was ended, and the log has not heard; or the log's answer to a
-/// takeover was lost.
+/// Whether nobody who is a member can go on with a deployment, now or later.
+fn is_nobodys(membership: &Membership, placed: &Placed) -> bool {
+    let feasible = || Saved::read(&placed.recipe).is_ok_and(|saved| saved.is_feasible(|n| membership.is_member(n)));
+    !membership.is_member(placed.coordinator) && !feasible()
+}
+
+/// What the log says is coordinated here and is not: it was ended, and the log has not heard; it could not be brought
+/// back after a restart; or the log's answer to a takeover was lost.
 async fn set_right(shared: &Arc<Shared>, tried: &mut HashMap<DeploymentId, Instant>) {
     let membership = &shared.membership;
     let Some(state) = membership.state().filter(|_| membership.is_current() && membership.why_not().is_none()) else {
         return;
     };
     for (id, placed) in state.deployments().filter(|(_, p)| p.coordinator == shared.id) {
-        if shared.deployments.has(*id) || tried.contains_key(id) {
+        if shared.deployments.has(*id) || shared.deployments.comes_back(*id) || tried.contains_key(id) {
             continue;
         }
         tried.insert(*id, Instant::now());
@@ -162,8 +166,7 @@ async fn stages(shared: &Arc<Shared>, blueprint: &Blueprint, before: &[StagePlan
             let missing: Vec<_> = before.iter().filter(|s| !there(s)).map(|s| membership.name_of(s.node)).collect();
             return Err(format!("somebody fixed its layers, and of its nodes {} are missing", missing.join(", ")));
         }
-        Choice::Nodes(named) => named.iter().copied().filter(|n| membership.online(*n)).collect::<Vec<_>>(),
-        Choice::Planner => vec![],
+        choice => choice.there(membership),
     };
     if nodes.is_empty() && blueprint.choice != Choice::Planner {
         return Err("none of the nodes that were named for it is there".to_owned());

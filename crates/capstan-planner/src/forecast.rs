@@ -54,6 +54,8 @@ pub enum Wiring {
 pub struct Placed {
     /// Tells machines apart: stages with the same number share one, and take turns on it.
     pub node: usize,
+    /// Tells last-level caches apart: two nodes that run on one machine share its cache.
+    pub cache: usize,
     /// The machine's name.
     pub machine: String,
     /// What it reaches.
@@ -172,13 +174,13 @@ impl Pipeline<'_> {
         }
     }
 
-    /// What each stage takes for a micro-batch. Stages of one machine share its caches.
+    /// What each stage takes for a micro-batch, of which stages that share a cache each hold a part there.
     pub fn stage_s(&self, batch: Batch) -> Vec<f64> {
         if self.stages.iter().any(|s| s.rates.measured.is_some()) {
             let reads =
                 |s: &Placed| read_bytes(self.profile, s.layers.start() as usize..s.layers.end() as usize, batch);
-            let set = |node| self.stages.iter().filter(|s| s.node == node).map(reads).fold(0, u64::saturating_add);
-            let of = |s: &Placed| stage_s(self.profile, &s.rates, batch, s.layers, set(s.node));
+            let set = |cache| self.stages.iter().filter(|s| s.cache == cache).map(reads).fold(0, u64::saturating_add);
+            let of = |s: &Placed| stage_s(self.profile, &s.rates, batch, s.layers, set(s.cache));
             return self.stages.iter().map(of).collect();
         }
         // Neighbours are often alike, and times are reckoned for all layers at once.
@@ -438,6 +440,7 @@ mod tests {
         let cuts = [(0, third), (third, 2 * third), (2 * third, profile.n_layers)];
         let placed = |(&node, (a, b)): (&usize, (u32, u32))| Placed {
             node,
+            cache: node,
             machine: format!("no. {node}"),
             rates: rates.clone(),
             usable_bytes: 0,

@@ -1,4 +1,7 @@
 //! The nodes of a cluster as the planner's machines and links, by what they tell of themselves.
+use std::collections::BTreeSet;
+use std::net::{IpAddr, SocketAddr};
+
 use capstan_proto::device::DeviceProfile;
 use capstan_proto::manage::{LinkStatus, NodeStatus};
 
@@ -10,6 +13,17 @@ use crate::timing::HOP_S;
 pub fn machine(node: &NodeStatus) -> Option<Machine> {
     let rates = Rates::measured(node.profile.clone()?);
     Some(Machine { name: node.name.clone(), usable_bytes: node.memory_free_bytes, rates })
+}
+
+/// Whether two nodes are daemons of one machine: they have an address in common, or none that leads further than loopback.
+/// What they were measured to reach, each alone, they do not reach together.
+pub fn on_one_machine(a: &NodeStatus, b: &NodeStatus) -> bool {
+    let outside = |n: &NodeStatus| -> BTreeSet<IpAddr> {
+        n.addrs.iter().map(SocketAddr::ip).filter(|ip| !ip.is_loopback()).collect()
+    };
+    let (from_a, from_b) = (outside(a), outside(b));
+    let inside = |n: &NodeStatus, outside: &BTreeSet<IpAddr>| outside.is_empty() && !n.addrs.is_empty();
+    !from_a.is_disjoint(&from_b) || (inside(a, &from_a) && inside(b, &from_b))
 }
 
 /// What connects nodes, by their places in the list. Two that were not measured count as connected like the worst of those
@@ -78,6 +92,20 @@ mod tests {
         let machine = machine(&node(1, Some(5), &[])).unwrap();
         assert_eq!((machine.name.as_str(), machine.usable_bytes, machine.rates.disk_bytes_per_s), ("node 1", 50, 7.0));
         assert_eq!(super::machine(&node(1, None, &[])), None);
+    }
+
+    #[test]
+    fn daemons_of_one_machine_share_an_address() {
+        let at = |addrs: &[&str]| NodeStatus {
+            addrs: addrs.iter().map(|a| a.parse().unwrap()).collect(),
+            ..node(1, None, &[])
+        };
+        let one = at(&["192.168.1.2:1", "[fe80::1]:1", "127.0.0.1:1"]);
+        assert!(on_one_machine(&one, &at(&["192.168.1.2:2"])));
+        assert!(!on_one_machine(&one, &at(&["192.168.1.3:1", "127.0.0.1:1"])), "every machine has a loopback");
+        assert!(!on_one_machine(&one, &at(&["127.0.0.1:2"])));
+        assert!(on_one_machine(&at(&["127.0.0.1:1"]), &at(&["127.0.0.1:2"])));
+        assert!(!on_one_machine(&at(&[]), &at(&[])), "nothing is known");
     }
 
     #[test]

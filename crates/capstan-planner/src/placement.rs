@@ -1,8 +1,9 @@
 //! Ordered stages that cover every layer exactly once; no other kind can be made.
 use capstan_proto::{LayerRange, NodeId};
+use serde::{Deserialize, Serialize};
 
 /// One stage of a placement.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StagePlan {
     /// Where.
     pub node: NodeId,

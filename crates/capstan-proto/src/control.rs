@@ -15,8 +15,8 @@ use crate::generate::{GenerateRequest, RequestError};
 use crate::keys::KeyNews;
 use crate::manage::{DeploymentStatus, NodeStatus};
 pub use crate::version::{
-    CONTROL_VERSION_MAX, CONTROL_VERSION_MIN, DRAIN_SINCE, HELLO_BYTES_MAX, Hello, KEYS_SINCE, RESET_BAD_REQUEST,
-    RESET_NOT_UNDERSTOOD, VersionMismatch, WEIGHTS_SINCE,
+    CONTROL_VERSION_MAX, CONTROL_VERSION_MIN, DRAIN_SINCE, HAND_OVER_SINCE, HELLO_BYTES_MAX, Hello, KEYS_SINCE,
+    RESET_BAD_REQUEST, RESET_NOT_UNDERSTOOD, VersionMismatch, WEIGHTS_SINCE,
 };
 use crate::weights::{AssembleOrder, Catalogue, PartRequest};
 use crate::{ClusterId, DeploymentId, Epoch, NodeId, limits};

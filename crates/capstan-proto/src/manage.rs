@@ -359,6 +359,9 @@ pub struct ClusterStatus {
     /// Who votes, and why nothing can be changed if so; for people.
     #[serde(default)]
     pub agreement: String,
+    /// What the answering node has noticed that somebody should look at; for people.
+    #[serde(default)]
+    pub warnings: Vec<String>,
 }
 
 /// A new ticket, and until when it is good.

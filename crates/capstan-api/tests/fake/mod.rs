@@ -99,6 +99,7 @@ impl Service for Fake {
             nodes: Vec::<NodeStatus>::new(),
             deployments: MODELS.iter().enumerate().map(|(i, m)| deployment(i, m)).collect(),
             agreement: String::new(),
+            warnings: vec![],
         }
     }
 

@@ -5,10 +5,10 @@ use std::sync::PoisonError;
 use std::time::Duration;
 
 use capstan_proto::NodeId;
-use openraft::{ChangeMembers, EmptyNode};
+use openraft::{ChangeMembers, EmptyNode, Raft};
 use tokio::time::timeout;
 
-use super::{RaftId, Replica};
+use super::{RaftId, RaftMessage, RaftRequest, Replica, Types};
 use crate::voters::voters;
 
 /// How far a learner may be behind to become a voter, in entries: it is through with them in one message.
@@ -21,6 +21,27 @@ struct Now {
     nodes: BTreeSet<RaftId>,
     /// Who has nearly all of the log.
     caught_up: BTreeSet<RaftId>,
+    /// Whether the state has all that is in the log. An entry that is still under way may be that somebody leaves, who
+    /// must not be given a vote meanwhile: nobody would talk to that voter any more.
+    applied: bool,
+}
+
+/// While it lives, a replica neither says that it leads nor stands for election.
+struct Quiet<'a>(&'a Raft<Types>);
+
+impl<'a> Quiet<'a> {
+    fn keep(raft: &'a Raft<Types>) -> Self {
+        raft.runtime_config().heartbeat(false);
+        raft.runtime_config().elect(false);
+        Self(raft)
+    }
+}
+
+impl Drop for Quiet<'_> {
+    fn drop(&mut self) {
+        self.0.runtime_config().heartbeat(true);
+        self.0.runtime_config().elect(true);
+    }
 }
 
 impl Now {
@@ -57,6 +78,7 @@ impl Replica {
             sets: membership.get_joint_config().clone(),
             nodes: membership.nodes().map(|(id, _)| *id).collect(),
             caught_up: replication.filter(|(_, at)| near(at)).map(|(id, _)| *id).collect(),
+            applied: metrics.last_applied.is_some_and(|at| at.index >= last),
         })
     }
 
@@ -80,6 +102,9 @@ impl Replica {
 
     async fn keep_once(&self) -> bool {
         let Some(now) = self.now() else { return true };
+        if !now.applied {
+            return false;
+        }
         let members = self.members();
         let new: BTreeMap<_, _> = members.difference(&now.nodes).map(|id| (*id, EmptyNode::new())).collect();
         if !new.is_empty() && !self.change(ChangeMembers::AddNodes(new)).await {
@@ -99,16 +124,53 @@ impl Replica {
     }
 
     /// Takes a node's vote away. False when nobody can take it over, or this node does not lead, or not any more: a
-    /// leader that takes its own vote away steps down. The caller holds [`Replica::changing`](super::Replica).
+    /// leader hands over to another voter, who takes its vote away when asked again. The caller holds [`Replica::changing`](super::Replica).
     pub(super) async fn free_of_vote(&self, node: NodeId) -> bool {
         let Some(now) = self.now() else { return false };
         if now.sets.iter().flatten().all(|id| id.node != node) {
             return true;
         }
+        if !now.applied {
+            return false;
+        }
         let mut members = self.members();
         members.retain(|id| id.node != node);
-        let wanted = self.wanted(&now, &members);
-        !wanted.is_empty() && self.change(ChangeMembers::ReplaceAllVoters(wanted)).await && self.now().is_some()
+        let mut wanted = self.wanted(&now, &members);
+        if wanted.is_empty() {
+            return false;
+        }
+        if node != self.id.node {
+            return self.change(ChangeMembers::ReplaceAllVoters(wanted)).await && self.now().is_some();
+        }
+        // A leader that took its own vote away and was cut off before the others had that would leave them waiting for
+        // it for ever: its log is the longest, and openraft lets nobody stand who does not vote by his own log. So
+        // another leads first, and takes the vote away.
+        let online = self.online.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let able = |id: &&RaftId| **id != self.id && online.contains(&id.node);
+        let voting = now.voters();
+        let heir = voting.iter().find(able).or(wanted.iter().find(able)).copied();
+        let Some(heir) = heir else { return false };
+        if now.sets.len() > 1 || !voting.contains(&heir) {
+            wanted.insert(self.id);
+            if !self.change(ChangeMembers::ReplaceAllVoters(wanted)).await {
+                return false;
+            }
+        }
+        self.hand_over(heir).await;
+        false
+    }
+
+    /// Has another voter lead, if it can.
+    async fn hand_over(&self, to: RaftId) {
+        let _quiet = Quiet::keep(&self.raft);
+        let limit = self.settings.patience();
+        let message = RaftMessage { to, request: RaftRequest::Stand };
+        if let Err(error) = self.transport.call(message, limit).await {
+            tracing::debug!(%error, "the next leader could not be told to stand");
+        }
+        // Also without that message: whoever hears nothing from the leader for long enough stands by himself.
+        let elsewhere = |m: &openraft::RaftMetrics<RaftId, EmptyNode>| m.current_leader.is_some_and(|l| l != self.id);
+        timeout(2 * limit, self.raft.metrics().wait_for(elsewhere)).await.ok();
     }
 
     async fn change(&self, change: ChangeMembers<RaftId, EmptyNode>) -> bool {

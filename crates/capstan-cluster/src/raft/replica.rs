@@ -58,7 +58,7 @@ impl Settings {
     }
 
     /// How long silence may last before a majority counts as lost.
-    fn patience(&self) -> Duration {
+    pub(super) fn patience(&self) -> Duration {
         Duration::from_millis(2 * self.election_ms)
     }
 }
@@ -129,12 +129,12 @@ impl Standing {
 pub struct Replica {
     pub(super) id: RaftId,
     pub(super) raft: Raft<Types>,
-    settings: Settings,
-    transport: Arc<dyn Transport>,
+    pub(super) settings: Settings,
+    pub(super) transport: Arc<dyn Transport>,
     applied: watch::Receiver<Applied>,
     /// When the leader's word was last taken here.
     led_at: Mutex<Option<Instant>>,
-    /// A leader whom another member named, and of whom the log here will only tell.
+    /// A leader of whom the log here may only tell later: another member named it, or its word was taken.
     introduced: Mutex<Option<NodeId>>,
     /// Who answered at the last look of the keeper.
     pub(super) online: Mutex<BTreeSet<NodeId>>,
@@ -299,6 +299,7 @@ impl Replica {
                 Ok(answer) => {
                     if answer.is_success() {
                         *self.led_at.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+                        self.introduce(from);
                     }
                     RaftReply::Append(answer)
                 }
@@ -311,7 +312,11 @@ impl Replica {
             RaftRequest::Snapshot { vote, meta, bytes } => {
                 let snapshot = openraft::Snapshot { meta, snapshot: Box::new(bytes) };
                 match self.raft.install_full_snapshot(vote, snapshot).await {
-                    Ok(answer) => RaftReply::Snapshot(answer.vote),
+                    Ok(answer) => {
+                        // It may be of a time before its sender came in.
+                        self.introduce(from);
+                        RaftReply::Snapshot(answer.vote)
+                    }
                     Err(error) => unable(&error),
                 }
             }
@@ -331,6 +336,15 @@ impl Replica {
                 Some(index) => RaftReply::Confirmed(index),
                 None => RaftReply::Elsewhere(self.standing().leader.filter(|l| *l != self.id)),
             },
+            RaftRequest::Stand => {
+                let leader = self.standing().leader;
+                if leader.is_some_and(|l| l.node == from)
+                    && let Err(error) = self.raft.trigger().elect().await
+                {
+                    return unable(&error);
+                }
+                RaftReply::Elsewhere(leader)
+            }
         }
     }
 
@@ -340,7 +354,12 @@ impl Replica {
         Some(asked.ok()?.ok()?.0.map(|id| id.index))
     }
 
-    /// Whether another member named this node as the leader. A node that was away for long may not know it otherwise.
+    fn introduce(&self, leader: NodeId) {
+        *self.introduced.lock().unwrap_or_else(PoisonError::into_inner) = Some(leader);
+    }
+
+    /// Whether this node leads, as another member said or as it was taken to: the log may not have come as far yet as to
+    /// say that it is a member.
     pub fn was_introduced(&self, node: NodeId) -> bool {
         *self.introduced.lock().unwrap_or_else(PoisonError::into_inner) == Some(node)
     }
@@ -376,7 +395,7 @@ impl Replica {
         let message = RaftMessage { to, request: RaftRequest::Confirm };
         let reply = self.transport.call(message, limit).await.ok()?;
         if let RaftReply::Elsewhere(Some(leader)) = reply {
-            *self.introduced.lock().unwrap_or_else(PoisonError::into_inner) = Some(leader.node);
+            self.introduce(leader.node);
         }
         Some(reply)
     }

@@ -48,6 +48,8 @@ pub enum RaftRequest {
     Propose(Proposal),
     /// To the leader: what is committed, and do you still lead?
     Confirm,
+    /// The leader: I go; stand for election at once.
+    Stand,
 }
 
 /// What it answers.
@@ -63,7 +65,7 @@ pub enum RaftReply {
     Proposed(Outcome),
     /// To [`RaftRequest::Confirm`]: a majority agrees that I lead, and this is the last entry that counts.
     Confirmed(Option<u64>),
-    /// I do not lead; this node does, as far as I know. Nothing was done.
+    /// I do not lead; this node does, as far as I know. Nothing was done. Also to [`RaftRequest::Stand`].
     Elsewhere(Option<RaftId>),
     /// I cannot; for people. Whether a change was made is unknown.
     Unable(String),
@@ -129,7 +131,7 @@ impl RaftRequest {
             }
             Self::Propose(p) if p.by != from => Err(BadRequest::Impostor(p.by)),
             Self::Propose(p) => Ok(p.check()?),
-            Self::Confirm => Ok(()),
+            Self::Confirm | Self::Stand => Ok(()),
         }
     }
 }

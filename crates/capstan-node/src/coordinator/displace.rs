@@ -14,14 +14,12 @@ use tokio_util::sync::CancellationToken;
 use super::{Coordinator, Message, Stage};
 use crate::blueprint::{Blueprint, Choice};
 use crate::fleet::Fleet;
+use crate::membership::GOODBYE_GRACE;
 use crate::placing;
 use crate::scheduling::Wanted;
 
 /// How often the nodes of a deployment are looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
-/// How long a node may be away that said goodbye: it is being restarted, most likely, and loading the model elsewhere
-/// and back again would take longer.
-const GOODBYE_GRACE: Duration = Duration::from_secs(15);
 /// How long until nodes that cannot hold the model are asked again.
 const ASK_AGAIN: Duration = Duration::from_secs(5);
 /// How long nobody may have asked the model anything before it goes back to the nodes that were named.
@@ -106,7 +104,8 @@ impl Coordinator {
             }
         }
         if !self.displacing.planning && self.stages.iter().any(|s| self.given_up(s, now)) {
-            self.leave_later();
+            // One that was to take the layers over was lost itself; that comes first.
+            self.not_vacated("another node was lost meanwhile; try again when the model answers".to_owned());
         }
         let asked_lately = self.displacing.ask_at.is_some_and(|t| t > now);
         if self.displacing.leaving.is_some() || !self.displacing.may || self.displacing.planning || asked_lately {
@@ -116,7 +115,7 @@ impl Coordinator {
             self.displacing.stay = false;
             self.look_homeward(now);
         } else if !self.displacing.stay && self.stages.iter().any(|s| self.given_up(s, now)) {
-            self.ask_planner(self.left());
+            self.ask_planner(self.blueprint.choice.there(&self.shared.membership));
         }
         Ok(())
     }
@@ -133,14 +132,6 @@ impl Coordinator {
         }
         // Silence has lasted some seconds before it counts as such; a goodbye is heard at once.
         membership.fell_silent(stage.plan.node) || now.duration_since(since) > GOODBYE_GRACE
-    }
-
-    /// The nodes that were named and are there; none leaves the choice to the planner.
-    fn left(&self) -> Vec<NodeId> {
-        match &self.blueprint.choice {
-            Choice::Nodes(named) => named.iter().copied().filter(|n| self.shared.membership.online(*n)).collect(),
-            Choice::Planner | Choice::Layers => vec![],
-        }
     }
 
     /// Back to all nodes that were named, when they are there again and nobody would notice.
@@ -195,10 +186,8 @@ impl Coordinator {
             return;
         }
         self.displacing.leaving = Some(Leaving { node, done, choice: self.blueprint.choice.clone() });
-        let nodes = match &self.blueprint.choice {
-            Choice::Nodes(_) => self.left().into_iter().filter(|n| *n != node).collect(),
-            Choice::Planner | Choice::Layers => vec![],
-        };
+        let mut nodes = self.blueprint.choice.there(&self.shared.membership);
+        nodes.retain(|n| *n != node);
         if nodes.is_empty() && matches!(self.blueprint.choice, Choice::Nodes(_)) {
             self.not_vacated("no other node was named for it; load it again with other --nodes".to_owned());
             return;
@@ -224,11 +213,6 @@ impl Coordinator {
             self.blueprint.choice = leaving.choice;
             leaving.done.send(Err(why)).ok();
         }
-    }
-
-    /// A node that was to take the layers over was lost itself; that comes first.
-    fn leave_later(&mut self) {
-        self.not_vacated("another node was lost meanwhile; try again when the model answers".to_owned());
     }
 
     /// The model answers: who waits for a node to be left hears whether it was.

@@ -121,6 +121,7 @@ impl<'a> Desk<'a> {
             let machine = fleet.machine(kind);
             Placed {
                 node: place,
+                cache: place,
                 machine: fleet.name_of(place),
                 rates: machine.rates.clone(),
                 usable_bytes: machine.usable_bytes,

@@ -183,6 +183,7 @@ impl Net {
             RaftRequest::Snapshot { .. } => 102,
             RaftRequest::Propose(_) => 103,
             RaftRequest::Confirm => 104,
+            RaftRequest::Stand => 105,
         };
         let snapshot = matches!(message.request, RaftRequest::Snapshot { .. });
         self.books.note(|| format!("{from:?} -> {to:?} ({kind})"), (from.0[0], to.0[0], kind));

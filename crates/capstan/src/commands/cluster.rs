@@ -203,7 +203,18 @@ pub async fn node(config: &Config, command: &NodeCommand, json: bool) -> Result<
             (client.remove_node(name).await?, done)
         }
         NodeCommand::Drain { name } => {
-            (client.drain_node(name).await?, format!("{name} holds no stage any more and can be stopped"))
+            let status = client.drain_node(name).await?;
+            let drained = status.nodes.iter().find(|n| n.name == *name || n.id.to_string() == *name).map(|n| n.id);
+            let looks_after = |d: &&DeploymentStatus| Some(d.coordinator) == drained;
+            let models: Vec<_> = status.deployments.iter().filter(looks_after).map(|d| d.name.as_str()).collect();
+            let mut done = format!("{name} holds no stage any more and can be stopped");
+            if !models.is_empty() {
+                done += &format!(
+                    "; it looks after {} still: those pause for 15 s then, until another node does or it is back",
+                    models.join(", ")
+                );
+            }
+            (status, done)
         }
     };
     if json {
@@ -257,10 +268,10 @@ pub fn describe(status: &ClusterStatus) -> String {
     parts.join("\n\n")
 }
 
-/// Nodes as a table, and who votes.
+/// Nodes as a table, who votes, and what somebody should look at.
 fn describe_nodes(status: &ClusterStatus) -> String {
-    let table = node_table(&status.nodes);
-    if status.agreement.is_empty() { table } else { format!("{table}\n{}", view::plain(&status.agreement)) }
+    let notes = [&status.agreement].into_iter().chain(&status.warnings).filter(|note| !note.is_empty());
+    [node_table(&status.nodes)].into_iter().chain(notes.map(|note| view::plain(note))).collect::<Vec<_>>().join("\n")
 }
 
 fn node_table(nodes: &[NodeStatus]) -> String {

@@ -70,6 +70,9 @@ pub struct LoadArgs {
     pub model_flags: ModelFlags,
 }
 
+/// What the path of a model of the catalogue begins with.
+const PULLED: &str = "pulled:";
+
 /// Arguments of `capstan unload`.
 #[derive(Args, Debug)]
 pub struct UnloadArgs {
@@ -95,7 +98,7 @@ pub async fn load(config: &Config, args: &LoadArgs, json: bool) -> Result<ExitCo
         layers: args.layers.clone(),
         decode_batch: args.decode_batch,
         objective: args.objective.map(Wanted::into),
-        ..request(config, path, args.draft.as_deref())?
+        ..request(config, path.clone(), args.draft.as_deref())?
     };
     let Some(deployment) = follow(&client, &request, json).await? else {
         return Ok(ExitCode::from(INTERRUPTED));
@@ -104,6 +107,11 @@ pub async fn load(config: &Config, args: &LoadArgs, json: bool) -> Result<ExitCo
         view::print_line(format!("{}\n", cluster::stages(&deployment)))?;
         if !deployment.detail.is_empty() {
             view::print_line(format!("{}\n", view::plain(&deployment.detail)))?;
+        }
+        if !path.starts_with(PULLED) && client.status().await?.nodes.len() > 1 {
+            let only = "Its weights lie on this node's disk only: while this node is away, so is the model. \
+                        `--replicas 2` keeps copies on others.";
+            view::print_line(format!("{only}\n"))?;
         }
         let name = view::plain(&deployment.name);
         view::print_line(format!("{name} is ready at {}; chat with it: capstan run {name}", client.openai_url()))?;
@@ -114,7 +122,7 @@ pub async fn load(config: &Config, args: &LoadArgs, json: bool) -> Result<ExitCo
 /// What a load calls a model: a file's path, or a model of the catalogue, pulled first if need be. None when Ctrl-C came.
 /// With `replicas` a file goes into the catalogue, too, so that its layers are copied.
 pub async fn find(client: &Client, model: &Path, replicas: Option<u16>, json: bool) -> Result<Option<String>> {
-    let pulled = |name: &str| format!("pulled:{name}");
+    let pulled = |name: &str| format!("{PULLED}{name}");
     let pull = async |source: String| {
         let request = PullRequest { source, replicas, ..PullRequest::default() };
         Ok::<_, anyhow::Error>(pull::follow(client, &request, json).await?.map(|name| pulled(&name)))

@@ -85,8 +85,18 @@ impl Cables {
         }
     }
 
+    /// From now on a machine's cable carries next to nothing in either direction: no packet more than one at a time.
+    /// False where the system cannot do that.
+    pub fn throttle(&self, i: usize) -> bool {
+        let slow = ["root", "tbf", "rate", "100kbit", "burst", "1600", "latency", "2s"];
+        let out = ["tc", "-n", &self.space(i), "qdisc", "add", "dev", "eth0"];
+        run(&[&out[..], &slow].concat()) && run(&[&["tc", "qdisc", "add", "dev", &self.plug(i)][..], &slow].concat())
+    }
+
     /// Makes a machine's cable whole again.
     pub fn mend(&self, i: usize) {
+        run(&["tc", "-n", &self.space(i), "qdisc", "del", "dev", "eth0", "root"]);
+        run(&["tc", "qdisc", "del", "dev", &self.plug(i), "root"]);
         must(&["ip", "link", "set", &self.plug(i), "up"]);
         for other in (0..self.machines).filter(|other| *other != i) {
             run(&["ip", "-n", &self.space(i), "neigh", "del", &self.ip(other), "dev", "eth0"]);

@@ -2,7 +2,9 @@
 //! and say what they would have said.
 //!
 //! The model is served with one sequence a micro-batch, so that an undisturbed answer has the same bits every time and
-//! whatever differs was done by the failure. `make chaos` runs the same with more requests and writes a report.
+//! whatever differs was done by the failure. `make chaos` runs the same with more requests and writes a report, and some
+//! of it once more with micro-batches of all sequences, as most people serve: there an answer is taken up in large chunks,
+//! which is quicker, and rounds otherwise.
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -64,6 +66,8 @@ struct Report {
     different: Vec<String>,
     pauses: Vec<Duration>,
     disturbances: usize,
+    /// Sequences share micro-batches.
+    batched: bool,
 }
 
 fn question(prompt: usize, n: usize) -> Value {
@@ -132,9 +136,11 @@ impl Report {
             self.pauses.push(answer.longest);
         }
         let first = answer.tokens.iter().zip(&wanted.tokens).position(|(a, b)| a.text != b.text);
+        // In micro-batches with others rounding differs without any failure.
+        let may_differ = |at: usize| self.batched || answer.pauses.iter().any(|p| *p <= at);
         match first {
             None if answer.text == wanted.text && answer.tokens.len() == wanted.tokens.len() => self.identical += 1,
-            Some(at) if answer.pauses.iter().any(|p| *p <= at) && wanted.tokens[at].margin < NEAR => self.near_tie += 1,
+            Some(at) if may_differ(at) && wanted.tokens[at].margin < NEAR => self.near_tie += 1,
             _ => self.different.push(format!(
                 "at token {first:?} (margin {:?}), pauses at {:?}: {:?} instead of {:?}",
                 first.map(|at| wanted.tokens[at].margin),
@@ -194,6 +200,7 @@ struct Chaos {
     tokens: Arc<AtomicU64>,
     rng: StdRng,
     http: reqwest::Client,
+    batched: bool,
 }
 
 fn signal(pid: u32, name: &str) {
@@ -216,8 +223,18 @@ impl Chaos {
     }
 
     async fn on(seed: u64, cluster: Cluster, cables: Option<Cables>) -> Self {
+        let mut chaos = Self {
+            cluster,
+            cables,
+            wanted: Arc::default(),
+            tokens: Arc::default(),
+            rng: StdRng::seed_from_u64(seed),
+            http: reqwest::Client::new(),
+            batched: false,
+        };
         // With a copy on each node, as `--replicas` keeps them, any node may be lost, its coordinator too.
         let file = format!("file:{}", models::smollm2().display());
+        let cluster = &chaos.cluster;
         cluster.nodes[0].cli(&["pull", &file, "--name", "smol", "--replicas", "3"]).await;
         wait_for("every node has a copy", || async {
             let models = cluster.nodes[0].cli(&["models", "--json"]).await;
@@ -225,16 +242,38 @@ impl Chaos {
             (models[0]["copies"].as_u64() >= Some(3)).then_some(())
         })
         .await;
-        let more = ["--ctx", "1024", "--slots", "8", "--decode-batch", "1"];
-        cluster.load(std::path::Path::new("smol"), "smol", &more).await;
-        let (http, tokens) = (reqwest::Client::new(), Arc::new(AtomicU64::new(0)));
+        chaos.load(&["--decode-batch", "1"]).await;
+        chaos
+    }
+
+    /// Loads the model and asks everything once, undisturbed.
+    async fn load(&mut self, more: &[&str]) {
+        let flags = [&["--ctx", "1024", "--slots", "8"], more].concat();
+        self.cluster.load(std::path::Path::new("smol"), "smol", &flags).await;
         let mut wanted = Vec::new();
         for prompt in 0..PROMPTS.len() {
-            let answer = ask(&http, &cluster.nodes[0].api, &question(prompt, 0), &tokens).await.expect("an answer");
+            let (api, question) = (&self.cluster.nodes[0].api, question(prompt, 0));
+            let answer = ask(&self.http, api, &question, &self.tokens).await.expect("an answer");
             assert!(answer.finished && answer.tokens.len() == TOKENS as usize, "{answer:?}");
             wanted.push(answer);
         }
-        Self { cluster, cables, wanted: Arc::new(wanted), tokens, rng: StdRng::seed_from_u64(seed), http }
+        self.wanted = Arc::new(wanted);
+    }
+
+    /// The same model in micro-batches of all sequences.
+    async fn batch(&mut self) {
+        let before = self.settled(3).await;
+        self.cluster.nodes[0].cli(&["unload", "smol"]).await;
+        wait_for("it is unloaded everywhere", || async {
+            let mut left = 0;
+            for node in &self.cluster.nodes {
+                left += node.status().await.deployments.iter().filter(|d| d.id == before.id).count();
+            }
+            (left == 0).then_some(())
+        })
+        .await;
+        self.batched = true;
+        self.load(&[]).await;
     }
 
     /// Until so many more tokens came, all streams together.
@@ -283,9 +322,9 @@ impl Chaos {
         let mut clients = tokio::task::JoinSet::new();
         for _ in 0..STREAMS {
             let (wanted, tokens, http) = (self.wanted.clone(), self.tokens.clone(), self.http.clone());
-            let (asked, next, over) = (asked.clone(), next.clone(), over.clone());
+            let (asked, next, over, batched) = (asked.clone(), next.clone(), over.clone(), self.batched);
             clients.spawn(async move {
-                let mut report = Report::default();
+                let mut report = Report { batched, ..Report::default() };
                 // The trouble ends before the load does.
                 loop {
                     let n = next.fetch_add(1, Ordering::Relaxed);
@@ -417,6 +456,10 @@ const ALL: [Trouble; 7] = [
     Trouble::RollingRestart,
 ];
 
+/// What is done once more with micro-batches of all sequences.
+const BATCHED: [Trouble; 4] =
+    [Trouble::StageChild, Trouble::DriverChild, Trouble::MiddleDaemon, Trouble::CoordinatorDaemon];
+
 const LINKS: [Trouble; 2] = [Trouble::CutLink, Trouble::OneWayLink];
 
 #[tokio::test(flavor = "multi_thread")]
@@ -454,7 +497,7 @@ async fn chaos_at_length() {
     println!("seed {seed}");
     let began = Instant::now();
     let apart = Chaos::apart(seed).await;
-    let (mut chaos, troubles) = match apart {
+    let (mut chaos, mut troubles) = match apart {
         Some(chaos) => (chaos, [&ALL[..], &LINKS].concat()),
         None => {
             println!("no network namespaces here (they take Linux and root): links are not cut");
@@ -462,11 +505,13 @@ async fn chaos_at_length() {
         }
     };
     let (mut reports, mut worst) = (Vec::new(), None);
+    let over = |began: Instant| minutes.is_none_or(|m| began.elapsed() >= Duration::from_secs(60 * m));
     loop {
         for &trouble in &troubles {
             let rounds = if trouble == Trouble::RollingRestart { 1 } else { 5 };
             let mut report = chaos.run(trouble, rounds, requests.div_ceil(troubles.len())).await;
-            let json = report.json(&format!("{trouble:?}"));
+            let batched = if chaos.batched { ", shared micro-batches" } else { "" };
+            let json = report.json(&format!("{trouble:?}{batched}"));
             println!("{json}");
             reports.push(json);
             let text = serde_json::to_string_pretty(&json!({"seed": seed, "scenarios": reports})).expect("JSON");
@@ -475,9 +520,14 @@ async fn chaos_at_length() {
                 worst.get_or_insert(format!("{trouble:?}: {:?} {:?}", report.failed, report.different));
             }
         }
-        if minutes.is_none_or(|m| began.elapsed() >= Duration::from_secs(60 * m)) {
+        if !over(began) {
+            continue;
+        }
+        if chaos.batched || minutes.is_some() {
             break;
         }
+        chaos.batch().await;
+        troubles = BATCHED.to_vec();
     }
     assert_eq!(worst, None);
 }

@@ -1,4 +1,5 @@
 //! Real processes on real sockets: what a user gets, proved. One binary, because linking it takes longer than a test.
+mod absent;
 mod cables;
 mod chaos;
 mod cluster;
