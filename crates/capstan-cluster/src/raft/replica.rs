@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use capstan_proto::NodeId;
 use openraft::error::{ClientWriteError, RaftError};
-use openraft::{Config, EmptyNode, Raft, SnapshotPolicy};
+use openraft::{Config, EmptyNode, Raft, SnapshotPolicy, Vote};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 
@@ -136,6 +136,8 @@ pub struct Replica {
     led_at: Mutex<Option<Instant>>,
     /// A leader of whom the log here may only tell later: another member named it, or its word was taken.
     introduced: Mutex<Option<NodeId>>,
+    /// Who led when another was asked, and when that was.
+    named: Mutex<Option<(NodeId, Instant)>>,
     /// Who answered at the last look of the keeper.
     pub(super) online: Mutex<BTreeSet<NodeId>>,
     /// Voters are changed by one at a time.
@@ -164,6 +166,7 @@ impl Replica {
             applied,
             led_at: Mutex::default(),
             introduced: Mutex::default(),
+            named: Mutex::default(),
             online: Mutex::default(),
             changing: tokio::sync::Mutex::default(),
         })
@@ -305,10 +308,19 @@ impl Replica {
                 }
                 Err(error) => unable(&error),
             },
-            RaftRequest::Vote(vote) => match self.raft.vote(vote).await {
-                Ok(answer) => RaftReply::Vote(answer),
-                Err(error) => unable(&error),
-            },
+            // One that left and did not hear so stands again and again. Where the log has not come as far as to know that,
+            // such a vote would undo the leader who brings it.
+            RaftRequest::Vote(mut vote) => {
+                if self.was_named_just_now(from) {
+                    // Of a term that is over: refused, with how long the log here is. A candidate with a shorter one gives
+                    // others more time before it stands again.
+                    vote.vote = Vote::new(0, vote.vote.leader_id.node_id);
+                }
+                match self.raft.vote(vote).await {
+                    Ok(answer) => RaftReply::Vote(answer),
+                    Err(error) => unable(&error),
+                }
+            }
             RaftRequest::Snapshot { vote, meta, bytes } => {
                 let snapshot = openraft::Snapshot { meta, snapshot: Box::new(bytes) };
                 match self.raft.install_full_snapshot(vote, snapshot).await {
@@ -334,7 +346,7 @@ impl Replica {
             }
             RaftRequest::Confirm => match self.lead().await {
                 Some(index) => RaftReply::Confirmed(index),
-                None => RaftReply::Elsewhere(self.standing().leader.filter(|l| *l != self.id)),
+                None => RaftReply::Elsewhere(self.standing().leader.filter(|l| *l != self.id && self.has_majority())),
             },
             RaftRequest::Stand => {
                 let leader = self.standing().leader;
@@ -394,10 +406,23 @@ impl Replica {
     async fn ask_for_leader(&self, to: RaftId, limit: Duration) -> Option<RaftReply> {
         let message = RaftMessage { to, request: RaftRequest::Confirm };
         let reply = self.transport.call(message, limit).await.ok()?;
-        if let RaftReply::Elsewhere(Some(leader)) = reply {
-            self.introduce(leader.node);
+        let leads = match reply {
+            RaftReply::Confirmed(_) => Some(to.node),
+            RaftReply::Elsewhere(leader) => leader.map(|l| l.node),
+            _ => None,
+        };
+        if let Some(leads) = leads {
+            self.introduce(leads);
+            *self.named.lock().unwrap_or_else(PoisonError::into_inner) = Some((leads, Instant::now()));
         }
         Some(reply)
+    }
+
+    /// Whether somebody has just said that another than this node leads.
+    fn was_named_just_now(&self, candidate: NodeId) -> bool {
+        let named = *self.named.lock().unwrap_or_else(PoisonError::into_inner);
+        let fresh = Duration::from_millis(self.settings.election_ms);
+        named.is_some_and(|(leads, at)| leads != candidate && at.elapsed() < fresh)
     }
 
     /// Ends it. What was promised is on disk.
