@@ -1,8 +1,10 @@
 //! Small files that are there whole or not at all: written beside, flushed, renamed.
 use std::io::Write;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use serde::{Serialize, de::DeserializeOwned};
+use tokio::time::sleep;
 
 use crate::error::NodeError;
 
@@ -58,6 +60,20 @@ pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, N
     serde_json::from_slice(&bytes)
         .map(Some)
         .map_err(|e| NodeError::Damaged { path: path.to_owned(), reason: e.to_string() })
+}
+
+/// How long a daemon that ends may still hold its files.
+const BUSY_LIMIT: Duration = Duration::from_secs(3);
+
+/// Opens what a daemon that is about to end may still hold.
+pub(crate) async fn when_free<T, E>(open: impl Fn() -> Result<T, E>, is_busy: impl Fn(&E) -> bool) -> Result<T, E> {
+    let begun = Instant::now();
+    loop {
+        match open() {
+            Err(error) if is_busy(&error) && begun.elapsed() < BUSY_LIMIT => sleep(Duration::from_millis(20)).await,
+            other => return other,
+        }
+    }
 }
 
 #[cfg(test)]

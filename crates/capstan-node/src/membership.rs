@@ -34,8 +34,6 @@ const PRESENT_MS: u64 = 120_000;
 /// How long a node may be away that said goodbye before others do its work: it is being restarted, most likely, and
 /// loading a model elsewhere and back again would take longer.
 pub(crate) const GOODBYE_GRACE: Duration = Duration::from_secs(15);
-/// How long a daemon that ends may still hold the file of the log.
-const BUSY_LIMIT: Duration = Duration::from_secs(3);
 
 /// Milliseconds since 1970.
 pub(crate) fn now_ms() -> u64 {
@@ -158,14 +156,8 @@ impl Membership {
                 path.display()
             )));
         }
-        let begun = Instant::now();
-        let store = loop {
-            match Store::open(&path, saved.cluster) {
-                // A daemon that is about to end may hold it.
-                Err(error) if error.is_busy() && begun.elapsed() < BUSY_LIMIT => sleep(Duration::from_millis(20)).await,
-                other => break other.map_err(|e| NodeError::Agreement(e.to_string()))?,
-            }
-        };
+        let store = files::when_free(|| Store::open(&path, saved.cluster), |e| e.is_busy()).await;
+        let store = store.map_err(|e| NodeError::Agreement(e.to_string()))?;
         self.seat().saved.log = true;
         self.save().map_err(|source| NodeError::DataDir { path: path.clone(), source })?;
         let agreement = |e: &dyn std::fmt::Display| NodeError::Agreement(e.to_string());

@@ -12,8 +12,8 @@ use capstan_proto::control::{
 use capstan_proto::manage::{ClusterStatus, NodeStatus};
 use capstan_proto::pairing::PAIR_ALPN;
 use capstan_proto::{ClusterId, DeploymentId, Epoch, NodeId};
-use capstan_store::Store;
 use capstan_store::remote::Remote;
+use capstan_store::{Store, StoreError};
 use iroh::Endpoint;
 use iroh::endpoint::{Connection, VarInt};
 use iroh::protocol::Router;
@@ -32,6 +32,7 @@ use crate::cutter::Cutter;
 use crate::deployments::Deployments;
 use crate::endpoint;
 use crate::error::{CallError, NodeError};
+use crate::files;
 use crate::identity;
 use crate::keys::{self, KeyRing};
 use crate::machine::Machine;
@@ -364,7 +365,8 @@ impl Node {
         let build = env!("CARGO_PKG_VERSION");
         identity::make_data_dir(&config.data_dir)?;
         // The store's lock also tells a second daemon on the same folder that it is one.
-        let store = Store::open(&config.data_dir)?;
+        let busy = |e: &StoreError| matches!(e, StoreError::Busy { .. });
+        let store = files::when_free(|| Store::open(&config.data_dir), busy).await?;
         let key = identity::load_key(&config.data_dir)?;
         let id = NodeId(*key.public().as_bytes());
         let endpoint = endpoint::bind(key, config.bind_addr, &config.data_dir).await?;

@@ -48,9 +48,18 @@ async fn a_link_that_becomes_slow_is_named_until_it_is_well() {
         eprintln!("this system slows no link down for us: nothing was tried");
         return;
     }
+    // The slow cable lets one packet through at once; it takes others to make each wait.
+    let beta = &cluster.nodes[1];
+    let (http, url, token) = (beta.http.clone(), format!("http://{}/capstan/v1/status", beta.api), beta.token.clone());
+    let traffic = tokio::spawn(async move {
+        loop {
+            http.get(&url).bearer_auth(&token).send().await.ok();
+        }
+    });
     let named = wait_for("it is noticed", async || warnings().await.pop()).await;
     assert!(named.contains("from alpha to beta is slow"), "{named}");
     assert!(alpha.cli(&["nodes"]).await.contains("from alpha to beta is slow"), "people see it");
+    traffic.abort();
     cables.mend(1);
     wait_for("it is well", async || warnings().await.is_empty().then_some(())).await;
 }

@@ -18,7 +18,7 @@ pub struct Daemon {
     pub name: String,
     pub data_dir: PathBuf,
     pub api: String,
-    token: String,
+    pub token: String,
     pub http: reqwest::Client,
     process: Child,
     place: Place,
