@@ -151,6 +151,16 @@ impl Report {
         }
     }
 
+    fn add(&mut self, more: Self) {
+        self.requests += more.requests;
+        self.failed.extend(more.failed);
+        self.identical += more.identical;
+        self.near_tie += more.near_tie;
+        self.different.extend(more.different);
+        self.pauses.extend(more.pauses);
+        self.disturbances += more.disturbances;
+    }
+
     fn json(&mut self, name: &str) -> Value {
         self.pauses.sort();
         let s = |d: Option<&Duration>| d.map(Duration::as_secs_f64);
@@ -297,8 +307,19 @@ impl Chaos {
         self.cluster.nodes[i] = self.cluster.nodes[i].again().await;
     }
 
-    /// Makes trouble while [`STREAMS`] clients ask, until each round of trouble is over and `requests` were answered.
-    async fn run(&mut self, trouble: Trouble, rounds: usize, requests: usize) -> Report {
+    /// Makes trouble so many times, each time once and from the placement that it began with: so a pause is that of one
+    /// failure.
+    async fn run(&mut self, trouble: Trouble, rounds: usize) -> Report {
+        let mut all = Report::default();
+        for _ in 0..rounds {
+            all.add(self.once(trouble).await);
+        }
+        all
+    }
+
+    /// Makes trouble while [`STREAMS`] clients ask, until that is over and a few requests more were answered.
+    async fn once(&mut self, trouble: Trouble) -> Report {
+        let requests = STREAMS + 2;
         let daemons = !matches!(
             trouble,
             Trouble::StageChild | Trouble::DriverChild | Trouble::FrozenChild | Trouble::RollingRestart
@@ -354,21 +375,13 @@ impl Chaos {
                 }
             });
         }
-        for _ in 0..rounds {
-            self.let_run().await;
-            self.disturb(trouble, victim, &asked).await;
-        }
+        self.let_run().await;
+        self.disturb(trouble, victim, &asked).await;
         self.let_run().await;
         over.store(1, Ordering::Relaxed);
-        let mut all = Report { disturbances: rounds, ..Report::default() };
+        let mut all = Report { disturbances: 1, ..Report::default() };
         while let Some(report) = clients.join_next().await {
-            let report = report.expect("a client does not panic");
-            all.requests += report.requests;
-            all.failed.extend(report.failed);
-            all.identical += report.identical;
-            all.near_tie += report.near_tie;
-            all.different.extend(report.different);
-            all.pauses.extend(report.pauses);
+            all.add(report.expect("a client does not panic"));
         }
         if daemons {
             // Nobody asks any more, so the model goes back to all three.
@@ -466,7 +479,7 @@ const LINKS: [Trouble; 2] = [Trouble::CutLink, Trouble::OneWayLink];
 async fn no_request_is_lost_whatever_breaks() {
     let mut chaos = Chaos::start(1).await;
     for trouble in ALL {
-        let mut report = chaos.run(trouble, 1, STREAMS + 2).await;
+        let mut report = chaos.run(trouble, 1).await;
         println!("{}", report.json(&format!("{trouble:?}")));
         check(&report, trouble);
     }
@@ -479,7 +492,7 @@ async fn no_request_is_lost_when_a_link_is_cut() {
         return;
     };
     for trouble in LINKS {
-        let mut report = chaos.run(trouble, 1, STREAMS + 2).await;
+        let mut report = chaos.run(trouble, 1).await;
         println!("{}", report.json(&format!("{trouble:?}")));
         check(&report, trouble);
     }
@@ -490,7 +503,7 @@ async fn no_request_is_lost_when_a_link_is_cut() {
 #[ignore = "takes minutes; `make chaos` runs it"]
 async fn chaos_at_length() {
     let number = |name: &str| std::env::var(name).ok().and_then(|v| v.parse::<u64>().ok());
-    let requests = number("CHAOS_REQUESTS").unwrap_or(200) as usize;
+    let rounds = number("CHAOS_ROUNDS").unwrap_or(3) as usize;
     let minutes = number("CHAOS_MINUTES");
     let seed = number("CHAOS_SEED").unwrap_or(1);
     let out = std::env::var("CHAOS_REPORT").expect("CHAOS_REPORT says where the report goes");
@@ -508,8 +521,7 @@ async fn chaos_at_length() {
     let over = |began: Instant| minutes.is_none_or(|m| began.elapsed() >= Duration::from_secs(60 * m));
     loop {
         for &trouble in &troubles {
-            let rounds = if trouble == Trouble::RollingRestart { 1 } else { 5 };
-            let mut report = chaos.run(trouble, rounds, requests.div_ceil(troubles.len())).await;
+            let mut report = chaos.run(trouble, rounds).await;
             let batched = if chaos.batched { ", shared micro-batches" } else { "" };
             let json = report.json(&format!("{trouble:?}{batched}"));
             println!("{json}");
