@@ -48,7 +48,8 @@ sim: setup ## The scheduler in virtual time: efficiency against bounds, random w
 	$(CARGO) build --release --workspace --locked --bin capstan-sim
 	target/release/capstan-sim
 
-# What is printed is the report, a line a scenario; CHAOS_SEED repeats a run, CHAOS_ROUNDS=n breaks everything n times (3).
+# What is printed is the report, a line a scenario; CHAOS_SEED repeats a run, CHAOS_ROUNDS=n breaks everything n times (3),
+# CHAOS_ONLY=NAME one thing only.
 CHAOS = mkdir -p target/reports && CHAOS_REPORT=$(CURDIR)/target/reports/$(1).json $(CARGO) test --release --workspace --locked --test real -- chaos_at_length --ignored --nocapture
 
 .PHONY: chaos

@@ -1,4 +1,5 @@
-//! Which links have become slow: round trips are compared with the shortest one of before.
+//! Which links have become slow: round trips are compared with the shortest one of before, which is forgotten slowly: after
+//! half a day a link is what it has become.
 //!
 //! A machine that computes answers late now and then, so a link counts as slow only when all of the last round trips were
 //! long, and as well again when one was short.
@@ -9,13 +10,15 @@ use capstan_proto::NodeId;
 /// Round trips that must all be long: ten seconds of polls.
 const LAST: usize = 10;
 /// So many times the shortest round trip is long.
-const LONGER: u64 = 8;
+const LONGER: f64 = 8.0;
 /// No shorter round trip is long, in microseconds: a token goes round in some tens of milliseconds.
-const LONG_US: u64 = 10_000;
+const LONG_US: f64 = 10_000.0;
+/// Round trips in which most of the difference is forgotten: four days of polls.
+const FORGOTTEN: f64 = 4.0 * 86_400.0;
 
 #[derive(Clone, Debug, Default)]
 struct Watched {
-    least_us: Option<u64>,
+    least_us: Option<f64>,
     last: VecDeque<u64>,
     slow: bool,
 }
@@ -47,21 +50,22 @@ impl LinkWatch {
     /// A round trip took so long. Returns whether the link has become slow, or well again.
     pub fn round_trip(&mut self, to: NodeId, rtt_us: u64) -> bool {
         let link = self.links.entry(to).or_default();
-        let least_us = link.least_us.map_or(rtt_us, |least| least.min(rtt_us));
+        let now = rtt_us as f64;
+        let least_us = link.least_us.map_or(now, |least| now.min(least + (now - least) / FORGOTTEN));
         link.least_us = Some(least_us);
         if link.last.len() == LAST {
             link.last.pop_front();
         }
         link.last.push_back(rtt_us);
-        let long = least_us.saturating_mul(LONGER).max(LONG_US);
-        let slow = link.last.len() == LAST && link.now_us() > long;
+        let long = (least_us * LONGER).max(LONG_US);
+        let slow = link.last.len() == LAST && link.now_us() as f64 > long;
         std::mem::replace(&mut link.slow, slow) != slow
     }
 
     /// The links that are slow.
     pub fn slow(&self) -> impl Iterator<Item = SlowLink> {
         let slow = self.links.iter().filter(|(_, l)| l.slow);
-        slow.map(|(to, l)| SlowLink { to: *to, least_us: l.least_us.unwrap_or(0), now_us: l.now_us() })
+        slow.map(|(to, l)| SlowLink { to: *to, least_us: l.least_us.unwrap_or(0.0) as u64, now_us: l.now_us() })
     }
 
     /// Forgets a node.
@@ -102,5 +106,12 @@ mod tests {
         let mut watch = after([100; 20].into_iter().chain([90_000; 40]));
         watch.forget(TO);
         assert!(watch.slow().next().is_none());
+    }
+
+    #[test]
+    fn after_a_day_a_link_is_what_it_has_become() {
+        let hours = |n: usize| after([300; 20].into_iter().chain(std::iter::repeat_n(40_000, n * 3600)));
+        assert_eq!(hours(6).slow().count(), 1);
+        assert_eq!(hours(24).slow().count(), 0);
     }
 }

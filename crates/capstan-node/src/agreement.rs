@@ -117,6 +117,14 @@ pub(crate) async fn become_current(shared: Arc<Shared>) {
     if timeout(RESUME_WAIT, resumed).await.is_err() {
         tracing::warn!("models of before the start take long to open; they come back later");
     }
+    if let Some(state) = shared.membership.state() {
+        let here = |id| shared.deployments.has(id) || shared.deployments.comes_back(id);
+        for (id, placed) in state.deployments().filter(|(id, p)| p.coordinator == shared.id && !here(**id)) {
+            // It was unloaded, and the log has not heard: what is not on this node's disk is no more.
+            withdraw(&shared, *id, placed.epoch);
+            shared.deployments.note_ended(*id);
+        }
+    }
     shared.membership.set_current();
     shared.poll_now.notify_one();
 }

@@ -134,13 +134,18 @@ impl Deployments {
 
     /// Forgets a deployment, on disk too.
     pub(crate) fn remove(&self, id: DeploymentId) {
-        self.ended().insert(id);
+        self.note_ended(id);
         self.entries().remove(&id);
         self.save(|saved| saved.retain(|s| s.id != id));
     }
 
     fn ended(&self) -> MutexGuard<'_, HashSet<DeploymentId>> {
         self.ended.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A deployment is no more.
+    pub(crate) fn note_ended(&self, id: DeploymentId) {
+        self.ended().insert(id);
     }
 
     /// Whether a deployment was ended here since the start, by whoever or whatever.

@@ -2,6 +2,7 @@
 //!
 //! The device profile is kept in the data folder and made anew only on other hardware or with another capstan. A link is
 //! measured once by one of its two ends; both know the result, for it is told with the node's status.
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,13 +19,20 @@ use crate::error::CallError;
 use crate::files;
 use crate::frames;
 use crate::membership::now_s;
+use crate::moving::usage;
 use crate::node::Shared;
 
 /// Between two looks whether there is something to measure and nobody else computes.
 const LOOK_AGAIN: Duration = Duration::from_secs(2);
 /// How long a machine may take: six times what a measurement plans for, as other programs may have the processor.
 const DEVICE_TIMEOUT: Duration = Duration::from_secs(60);
-/// How long a link may take: below 0.4 Mbit/s there is nothing to serve over it.
+/// Bytes that show whether a link is fast enough to send [`MEASURE_BYTES`].
+const FEW_BYTES: u32 = 128 << 10;
+/// Longer than this they take on a link that is not: below some 10 Mbit/s.
+const FEW_TAKE: Duration = Duration::from_millis(100);
+/// How long after a failure a link is tried again.
+const AFTER_FAILURE: Duration = Duration::from_secs(120);
+/// How long a link may take: below 0.1 Mbit/s there is nothing to serve over it.
 const LINK_TIMEOUT: Duration = Duration::from_secs(20);
 /// Measurements at most: each gets a few types of weights done, and some a backend may not have.
 const TRIES_MAX: u32 = 6;
@@ -129,11 +137,15 @@ async fn device(shared: &Shared, hardware: String, known: Option<DeviceProfile>)
 /// Measures the link to each member that this end has to measure: once, when its round trips have changed, and now and
 /// then while nothing runs.
 pub(crate) async fn link_loop(shared: Arc<Shared>) {
+    // Those that could not be measured must not keep others waiting.
+    let mut failed: HashMap<NodeId, Instant> = HashMap::new();
     loop {
-        let mine = shared.membership.others().into_iter().find(|m| {
+        failed.retain(|_, at| at.elapsed() < AFTER_FAILURE);
+        let quiet = !shared.all_deployments().iter().any(|d| usage(d).1);
+        let mine = shared.membership.others().into_iter().filter(|_| quiet).find(|m| {
             m.id > shared.id
                 && shared.membership.online(m.id)
-                && !shared.machine.is_busy()
+                && !failed.contains_key(&m.id)
                 && !shared.view.has_link(m.id, now_s().saturating_sub(LINK_AGE_S))
         });
         if let Some(member) = mine {
@@ -154,8 +166,14 @@ pub(crate) async fn link_loop(shared: Arc<Shared>) {
                         );
                     }
                 }
-                Ok(Err(error)) => tracing::debug!(node = member.name, %error, "a link could not be measured"),
-                Err(_) => tracing::debug!(node = member.name, "measuring a link took too long"),
+                Ok(Err(error)) => {
+                    tracing::debug!(node = member.name, %error, "a link could not be measured");
+                    failed.insert(member.id, Instant::now());
+                }
+                Err(_) => {
+                    tracing::debug!(node = member.name, "measuring a link took too long");
+                    failed.insert(member.id, Instant::now());
+                }
             }
         }
         sleep(LOOK_AGAIN).await;
@@ -175,20 +193,26 @@ async fn link(shared: &Shared, to: NodeId) -> Result<LinkStatus, CallError> {
         let _: Done = shared.client.call(to, &Request::Wire { up_bytes: 0, down_bytes: 0 }, LINK_TIMEOUT).await?;
         rtt = rtt.min(began.elapsed());
     }
-    let up = wire(shared, to, MEASURE_BYTES, 0).await?;
-    let down = wire(shared, to, 0, MEASURE_BYTES).await?;
-    // Of both times one round trip is no transfer.
-    let rate = |took: Duration| {
+    let rtt_us = rtt.as_micros().min(u128::from(u64::MAX)) as u64;
+    let up_bytes_per_s = rate(shared, to, rtt, true).await?;
+    let down_bytes_per_s = rate(shared, to, rtt, false).await?;
+    Ok(LinkStatus { to, rtt_us, up_bytes_per_s, down_bytes_per_s, measured_unix_s: now_s() })
+}
+
+/// Bytes per second one way. A few say whether the link is fast enough for many.
+async fn rate(shared: &Shared, to: NodeId, rtt: Duration, up: bool) -> Result<u64, CallError> {
+    let mut rate = 0;
+    for bytes in [FEW_BYTES, MEASURE_BYTES] {
+        let (up_bytes, down_bytes) = if up { (bytes, 0) } else { (0, bytes) };
+        let took = wire(shared, to, up_bytes, down_bytes).await?;
+        // One round trip is no transfer.
         let seconds = took.saturating_sub(rtt).max(Duration::from_micros(1)).as_secs_f64();
-        (f64::from(MEASURE_BYTES) / seconds) as u64
-    };
-    Ok(LinkStatus {
-        to,
-        rtt_us: rtt.as_micros().min(u128::from(u64::MAX)) as u64,
-        up_bytes_per_s: rate(up),
-        down_bytes_per_s: rate(down),
-        measured_unix_s: now_s(),
-    })
+        rate = (f64::from(bytes) / seconds) as u64;
+        if took > FEW_TAKE {
+            break;
+        }
+    }
+    Ok(rate)
 }
 
 /// Sends so many bytes and then receives so many; how long that took.

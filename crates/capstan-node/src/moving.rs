@@ -27,7 +27,7 @@ struct Watched {
 }
 
 /// Rows that the stages of a deployment have computed at most, and whether somebody asks it something.
-fn usage(d: &DeploymentStatus) -> (u64, bool) {
+pub(crate) fn usage(d: &DeploymentStatus) -> (u64, bool) {
     let rows = d.stages.iter().map(|s| s.stats.rows).max().unwrap_or(0);
     (rows, d.stages.iter().any(|s| s.stats.slots_used > 0 || s.stats.queued > 0))
 }

@@ -255,23 +255,21 @@ impl Shared {
             nodes,
             deployments: self.all_deployments(),
             agreement: agreement::describe(self, &standing),
-            warnings: self.slow_links().into_iter().map(|(_, what)| what).collect(),
+            warnings: self.warnings(),
         }
     }
 
-    /// The links from here that have become slow, and how slow, as sentences.
-    fn slow_links(&self) -> Vec<(NodeId, String)> {
-        let ms = |us: u64| us as f64 / 1000.0;
-        let describe = |l: SlowLink| {
-            let (here, there) = (self.membership.name(), self.membership.name_of(l.to));
-            let (now, least) = (ms(l.now_us), ms(l.least_us));
-            let what = format!(
-                "the link from {here} to {there} is slow: a round trip takes {now:.1} ms, it took {least:.1} ms"
-            );
-            (l.to, what)
-        };
+    /// The links from here that have become slow, as sentences.
+    fn warnings(&self) -> Vec<String> {
         let there = |l: &SlowLink| self.membership.online(l.to);
-        self.view.slow_links().into_iter().filter(there).map(describe).collect()
+        self.view.slow_links().into_iter().filter(there).map(|l| self.describe_slow(l)).collect()
+    }
+
+    fn describe_slow(&self, link: SlowLink) -> String {
+        let ms = |us: u64| us as f64 / 1000.0;
+        let (here, there) = (self.membership.name(), self.membership.name_of(link.to));
+        let (now, least) = (ms(link.now_us), ms(link.least_us));
+        format!("the link from {here} to {there} is slow: a round trip takes {now:.1} ms, it took {least:.1} ms")
     }
 
     /// Exchanges news with one member.
@@ -281,11 +279,9 @@ impl Shared {
         let gossip: Gossip = self.client.call(node, &request, POLL_TIMEOUT).await?;
         gossip.check()?;
         if self.view.put_rtt(node, start.elapsed().as_micros() as u64) {
-            let slow = self.slow_links().into_iter().find(|(to, _)| *to == node);
-            let name = self.membership.name_of(node);
-            match slow {
-                Some((_, what)) => tracing::warn!(node = name, "{what}"),
-                None => tracing::info!(node = name, "the link is as fast as before again"),
+            match self.view.slow_links().into_iter().find(|l| l.to == node) {
+                Some(link) => tracing::warn!("{}", self.describe_slow(link)),
+                None => tracing::info!(node = self.membership.name_of(node), "the link is as fast as before again"),
             }
         }
         self.hear_gossip(node, gossip);

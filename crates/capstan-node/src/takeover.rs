@@ -110,7 +110,14 @@ async fn take_up(shared: &Arc<Shared>, id: DeploymentId, placed: &Placed) -> Res
 fn may_act(shared: &Shared) -> bool {
     let membership = &shared.membership;
     let leads = membership.standing().leader.is_some_and(|l| l.node == shared.id);
-    leads && membership.is_current() && membership.why_not().is_none() && !shared.draining.is_cancelled()
+    // Until then a node that is cut off from this one may still believe what the leader before said.
+    let recent = |ago: Duration| ago < Duration::from_millis(TAKEOVER_MS);
+    let handed_over = membership.replica().and_then(|r| r.handed_over()).is_some_and(recent);
+    leads
+        && !handed_over
+        && membership.is_current()
+        && membership.why_not().is_none()
+        && !shared.draining.is_cancelled()
 }
 
 /// Whether a coordinator has been away for so long that it does not serve any more.

@@ -15,7 +15,8 @@ pub fn machine(node: &NodeStatus) -> Option<Machine> {
     Some(Machine { name: node.name.clone(), usable_bytes: node.memory_free_bytes, rates })
 }
 
-/// Whether two nodes are daemons of one machine: they have an address in common, or none that leads further than loopback.
+/// Whether two nodes are daemons of one machine: one has all addresses of the other, or neither has any that leads further
+/// than loopback. One in common proves nothing: bridges for containers have the same address on many machines.
 /// What they were measured to reach, each alone, they do not reach together.
 pub fn on_one_machine(a: &NodeStatus, b: &NodeStatus) -> bool {
     let outside = |n: &NodeStatus| -> BTreeSet<IpAddr> {
@@ -23,7 +24,8 @@ pub fn on_one_machine(a: &NodeStatus, b: &NodeStatus) -> bool {
     };
     let (from_a, from_b) = (outside(a), outside(b));
     let inside = |n: &NodeStatus, outside: &BTreeSet<IpAddr>| outside.is_empty() && !n.addrs.is_empty();
-    !from_a.is_disjoint(&from_b) || (inside(a, &from_a) && inside(b, &from_b))
+    let within = |a: &BTreeSet<IpAddr>, b: &BTreeSet<IpAddr>| !a.is_empty() && a.is_subset(b);
+    within(&from_a, &from_b) || within(&from_b, &from_a) || (inside(a, &from_a) && inside(b, &from_b))
 }
 
 /// What connects nodes, by their places in the list. Two that were not measured count as connected like the worst of those
@@ -104,6 +106,8 @@ mod tests {
         assert!(on_one_machine(&one, &at(&["192.168.1.2:2"])));
         assert!(!on_one_machine(&one, &at(&["192.168.1.3:1", "127.0.0.1:1"])), "every machine has a loopback");
         assert!(!on_one_machine(&one, &at(&["127.0.0.1:2"])));
+        let bridged = |own| at(&[own, "172.17.0.1:1"]);
+        assert!(!on_one_machine(&bridged("192.168.1.2:1"), &bridged("192.168.1.3:1")), "a bridge for containers");
         assert!(on_one_machine(&at(&["127.0.0.1:1"]), &at(&["127.0.0.1:2"])));
         assert!(!on_one_machine(&at(&[]), &at(&[])), "nothing is known");
     }

@@ -8,7 +8,7 @@ use capstan_proto::NodeId;
 use openraft::{ChangeMembers, EmptyNode, Raft};
 use tokio::time::timeout;
 
-use super::{RaftId, RaftMessage, RaftRequest, Replica, Types};
+use super::{RaftId, RaftMessage, RaftReply, RaftRequest, Replica, Types};
 use crate::voters::voters;
 
 /// How far a learner may be behind to become a voter, in entries: it is through with them in one message.
@@ -147,26 +147,29 @@ impl Replica {
         // another leads first, and takes the vote away.
         let online = self.online.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let able = |id: &&RaftId| **id != self.id && online.contains(&id.node);
-        let voting = now.voters();
-        let heir = voting.iter().find(able).or(wanted.iter().find(able)).copied();
-        let Some(heir) = heir else { return false };
-        if now.sets.len() > 1 || !voting.contains(&heir) {
+        let mut heirs: Vec<RaftId> = now.voters().iter().filter(able).copied().collect();
+        if now.sets.len() > 1 || heirs.is_empty() {
+            heirs = wanted.iter().filter(able).copied().collect();
             wanted.insert(self.id);
-            if !self.change(ChangeMembers::ReplaceAllVoters(wanted)).await {
+            if heirs.is_empty() || !self.change(ChangeMembers::ReplaceAllVoters(wanted)).await {
                 return false;
             }
         }
-        self.hand_over(heir).await;
+        self.hand_over(&heirs).await;
         false
     }
 
     /// Has another voter lead, if it can.
-    async fn hand_over(&self, to: RaftId) {
+    async fn hand_over(&self, heirs: &[RaftId]) {
         let _quiet = Quiet::keep(&self.raft);
         let limit = self.settings.patience();
-        let message = RaftMessage { to, request: RaftRequest::Stand };
-        if let Err(error) = self.transport.call(message, limit).await {
-            tracing::debug!(%error, "the next leader could not be told to stand");
+        for to in heirs {
+            let message = RaftMessage { to: *to, request: RaftRequest::Stand };
+            // One of them may be off, or of a build that does not know the message.
+            match timeout(limit / 4, self.transport.call(message, limit / 4)).await {
+                Ok(Ok(RaftReply::Elsewhere(_))) => break,
+                other => tracing::debug!(?other, "a voter could not be told to lead"),
+            }
         }
         // Also without that message: whoever hears nothing from the leader for long enough stands by himself.
         let elsewhere = |m: &openraft::RaftMetrics<RaftId, EmptyNode>| m.current_leader.is_some_and(|l| l != self.id);

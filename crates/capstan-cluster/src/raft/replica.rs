@@ -1,5 +1,5 @@
 //! One node's copy of the cluster's state: start it, propose changes, answer other replicas, make sure of the present.
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -134,10 +134,12 @@ pub struct Replica {
     applied: watch::Receiver<Applied>,
     /// When the leader's word was last taken here.
     led_at: Mutex<Option<Instant>>,
-    /// A leader of whom the log here may only tell later: another member named it, or its word was taken.
+    /// A leader of whom the log here tells only later: another member named it, or its word was taken.
     introduced: Mutex<Option<NodeId>>,
-    /// Who led when another was asked, and when that was.
-    named: Mutex<Option<(NodeId, Instant)>>,
+    /// Who leads in the words of each that was asked, and when it said so.
+    named: Mutex<BTreeMap<NodeId, (NodeId, Instant)>>,
+    /// When the leader asked this node to stand in its place.
+    asked_to_stand: Mutex<Option<Instant>>,
     /// Who answered at the last look of the keeper.
     pub(super) online: Mutex<BTreeSet<NodeId>>,
     /// Voters are changed by one at a time.
@@ -167,6 +169,7 @@ impl Replica {
             led_at: Mutex::default(),
             introduced: Mutex::default(),
             named: Mutex::default(),
+            asked_to_stand: Mutex::default(),
             online: Mutex::default(),
             changing: tokio::sync::Mutex::default(),
         })
@@ -311,7 +314,7 @@ impl Replica {
             // One that left and did not hear so stands again and again. Where the log has not come as far as to know that,
             // such a vote would undo the leader who brings it.
             RaftRequest::Vote(mut vote) => {
-                if self.was_named_just_now(from) {
+                if self.leads_another(from) {
                     // Of a term that is over: refused, with how long the log here is. A candidate with a shorter one gives
                     // others more time before it stands again.
                     vote.vote = Vote::new(0, vote.vote.leader_id.node_id);
@@ -326,7 +329,9 @@ impl Replica {
                 match self.raft.install_full_snapshot(vote, snapshot).await {
                     Ok(answer) => {
                         // It may be of a time before its sender came in.
-                        self.introduce(from);
+                        if answer.vote == vote {
+                            self.introduce(from);
+                        }
                         RaftReply::Snapshot(answer.vote)
                     }
                     Err(error) => unable(&error),
@@ -350,10 +355,11 @@ impl Replica {
             },
             RaftRequest::Stand => {
                 let leader = self.standing().leader;
-                if leader.is_some_and(|l| l.node == from)
-                    && let Err(error) = self.raft.trigger().elect().await
-                {
-                    return unable(&error);
+                if leader.is_some_and(|l| l.node == from) {
+                    *self.asked_to_stand.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+                    if let Err(error) = self.raft.trigger().elect().await {
+                        return unable(&error);
+                    }
                 }
                 RaftReply::Elsewhere(leader)
             }
@@ -367,13 +373,16 @@ impl Replica {
     }
 
     fn introduce(&self, leader: NodeId) {
-        *self.introduced.lock().unwrap_or_else(PoisonError::into_inner) = Some(leader);
+        // Once the log tells of it, the log alone decides how long.
+        let known = self.state().members().get(leader).is_some();
+        *self.introduced.lock().unwrap_or_else(PoisonError::into_inner) = (!known).then_some(leader);
     }
 
-    /// Whether this node leads, as another member said or as it was taken to: the log may not have come as far yet as to
+    /// Whether this node leads, as another member said or as it was taken to, and the log has not come as far yet as to
     /// say that it is a member.
     pub fn was_introduced(&self, node: NodeId) -> bool {
-        *self.introduced.lock().unwrap_or_else(PoisonError::into_inner) == Some(node)
+        let introduced = *self.introduced.lock().unwrap_or_else(PoisonError::into_inner);
+        introduced == Some(node) && self.standing().leader != Some(self.id)
     }
 
     /// Makes sure that everything that was committed before this call is applied here. False when a majority could not
@@ -411,18 +420,38 @@ impl Replica {
             RaftReply::Elsewhere(leader) => leader.map(|l| l.node),
             _ => None,
         };
+        let mut named = self.named.lock().unwrap_or_else(PoisonError::into_inner);
+        match leads {
+            Some(leads) => _ = named.insert(to.node, (leads, Instant::now())),
+            None => _ = named.remove(&to.node),
+        }
+        drop(named);
         if let Some(leads) = leads {
             self.introduce(leads);
-            *self.named.lock().unwrap_or_else(PoisonError::into_inner) = Some((leads, Instant::now()));
         }
         Some(reply)
     }
 
-    /// Whether somebody has just said that another than this node leads.
-    fn was_named_just_now(&self, candidate: NodeId) -> bool {
-        let named = *self.named.lock().unwrap_or_else(PoisonError::into_inner);
+    /// How long ago the leader asked this node to stand in its place. A leader that was elected otherwise knows that nobody
+    /// has heard of another for a while; this one does not.
+    pub fn handed_over(&self) -> Option<Duration> {
+        self.asked_to_stand.lock().unwrap_or_else(PoisonError::into_inner).map(|at| at.elapsed())
+    }
+
+    /// Whether another leads: it has just said so itself, which it does with a majority only, or so many voters have that
+    /// with its own vote they are one.
+    fn leads_another(&self, candidate: NodeId) -> bool {
         let fresh = Duration::from_millis(self.settings.election_ms);
-        named.is_some_and(|(leads, at)| leads != candidate && at.elapsed() < fresh)
+        let voters = self.standing().voters;
+        let named = self.named.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut votes: BTreeMap<NodeId, usize> = BTreeMap::new();
+        for (by, (leads, _)) in named.iter().filter(|(_, (leads, at))| *leads != candidate && at.elapsed() < fresh) {
+            if by == leads {
+                return true;
+            }
+            *votes.entry(*leads).or_default() += usize::from(voters.contains(by));
+        }
+        votes.values().any(|n| n + 1 >= majority(voters.len()))
     }
 
     /// Ends it. What was promised is on disk.

@@ -1,6 +1,7 @@
 //! Machines of their own as far as the network goes: a network namespace for each daemon, with a cable to one switch. A
 //! cable can be pulled, or damaged so that it carries one direction only. It takes root and Linux.
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 /// The port of each daemon's API for others, in its own namespace.
 const API_PORT: u16 = 8080;
@@ -17,6 +18,10 @@ fn run(args: &[&str]) -> bool {
     status.is_ok_and(|s| s.success())
 }
 
+fn switch(id: u32) -> String {
+    format!("cap{id}s")
+}
+
 fn must(args: &[&str]) {
     assert!(run(args), "{} failed", args.join(" "));
 }
@@ -24,11 +29,13 @@ fn must(args: &[&str]) {
 impl Cables {
     /// Lays them; none where the system does not let us.
     pub fn lay(machines: usize) -> Option<Self> {
-        let cables = Self { id: std::process::id(), machines };
-        let switch = cables.switch();
+        static LAID: AtomicU32 = AtomicU32::new(0);
+        let id = (std::process::id() % 100_000) * 10 + LAID.fetch_add(1, Ordering::Relaxed) % 10;
+        let switch = switch(id);
         if !run(&["ip", "link", "add", &switch, "type", "bridge"]) {
             return None;
         }
+        let cables = Self { id, machines };
         must(&["ip", "link", "set", &switch, "up"]);
         must(&["ip", "addr", "add", &format!("{}/24", cables.ip(253)), "dev", &switch]);
         for i in 0..machines {
@@ -45,12 +52,8 @@ impl Cables {
         Some(cables)
     }
 
-    fn switch(&self) -> String {
-        format!("cap{}s", self.id % 10_000_000)
-    }
-
     fn plug(&self, i: usize) -> String {
-        format!("cap{}p{i}", self.id % 10_000_000)
+        format!("cap{}p{i}", self.id)
     }
 
     fn space(&self, i: usize) -> String {
@@ -109,6 +112,6 @@ impl Drop for Cables {
         for i in 0..self.machines {
             run(&["ip", "netns", "del", &self.space(i)]);
         }
-        run(&["ip", "link", "del", &self.switch()]);
+        run(&["ip", "link", "del", &switch(self.id)]);
     }
 }

@@ -117,7 +117,8 @@ impl Daemon {
     /// The same somewhere.
     pub async fn start_at(place: Place, name: &str, data_dir: &Path, env: &[(&str, &str)]) -> Self {
         std::fs::create_dir_all(data_dir).expect("a data folder");
-        let log = std::fs::File::create(data_dir.join("test.log")).expect("a log file");
+        let log = std::fs::File::options().create(true).append(true).open(data_dir.join("test.log"));
+        let log = log.expect("a log file");
         let mut process = command_at(&place, data_dir)
             .env("CAPSTAN_NAME", name)
             .envs(env.iter().copied())
