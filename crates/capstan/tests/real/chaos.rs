@@ -181,6 +181,8 @@ impl Report {
 /// What is done to the cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Trouble {
+    /// Nothing at all, to compare with.
+    Nothing,
     /// SIGKILL to the process of a stage that is not the driver's.
     StageChild,
     /// SIGKILL to the driver's process.
@@ -322,7 +324,11 @@ impl Chaos {
         let requests = STREAMS + 2;
         let daemons = !matches!(
             trouble,
-            Trouble::StageChild | Trouble::DriverChild | Trouble::FrozenChild | Trouble::RollingRestart
+            Trouble::Nothing
+                | Trouble::StageChild
+                | Trouble::DriverChild
+                | Trouble::FrozenChild
+                | Trouble::RollingRestart
         );
         let deployment = self.settled(3).await;
         let victim = match trouble {
@@ -397,6 +403,7 @@ impl Chaos {
 
     async fn disturb(&mut self, trouble: Trouble, victim: usize, asked: &std::sync::Mutex<Vec<String>>) {
         match trouble {
+            Trouble::Nothing => {}
             Trouble::StageChild | Trouble::DriverChild | Trouble::FrozenChild => {
                 let before = self.settled(3).await;
                 let stage = match trouble {
@@ -471,8 +478,8 @@ const ALL: [Trouble; 7] = [
 ];
 
 /// What is done once more with micro-batches of all sequences.
-const BATCHED: [Trouble; 4] =
-    [Trouble::StageChild, Trouble::DriverChild, Trouble::MiddleDaemon, Trouble::CoordinatorDaemon];
+const BATCHED: [Trouble; 5] =
+    [Trouble::Nothing, Trouble::StageChild, Trouble::DriverChild, Trouble::MiddleDaemon, Trouble::CoordinatorDaemon];
 
 const LINKS: [Trouble; 2] = [Trouble::CutLink, Trouble::OneWayLink];
 
@@ -518,10 +525,10 @@ async fn chaos_at_length() {
             (Chaos::start(seed).await, ALL.to_vec())
         }
     };
-    if let Ok(only) = std::env::var("CHAOS_ONLY") {
-        troubles.retain(|t| format!("{t:?}") == only);
-        assert!(!troubles.is_empty(), "CHAOS_ONLY is none of {ALL:?} and {LINKS:?}");
-    }
+    let only = std::env::var("CHAOS_ONLY").ok();
+    let wanted = |t: &Trouble| only.as_ref().is_none_or(|only| format!("{t:?}") == *only);
+    troubles.retain(wanted);
+    assert!(!troubles.is_empty() || BATCHED.iter().any(wanted), "CHAOS_ONLY is the name of nothing that is done");
     let (mut reports, mut worst) = (Vec::new(), None);
     let over = |began: Instant| minutes.is_none_or(|m| began.elapsed() >= Duration::from_secs(60 * m));
     loop {
@@ -540,7 +547,7 @@ async fn chaos_at_length() {
         if !over(began) {
             continue;
         }
-        troubles.retain(|t| BATCHED.contains(t));
+        troubles = BATCHED.into_iter().filter(wanted).collect();
         if chaos.batched || minutes.is_some() || troubles.is_empty() {
             break;
         }
