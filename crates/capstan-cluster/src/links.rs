@@ -92,7 +92,8 @@ mod tests {
         for i in 1..=LAST {
             assert_eq!(watch.round_trip(TO, 40_000), i == LAST, "{i}");
         }
-        assert_eq!(watch.slow().collect::<Vec<_>>(), [SlowLink { to: TO, least_us: 300, now_us: 40_000 }]);
+        let slow: Vec<_> = watch.slow().collect();
+        assert!(matches!(slow[..], [SlowLink { to: TO, least_us: 300..310, now_us: 40_000 }]), "{slow:?}");
         assert!(watch.round_trip(TO, 500), "well again");
         assert!(!watch.round_trip(TO, 40_000) && watch.slow().next().is_none());
     }
