@@ -135,7 +135,7 @@ async fn device(shared: &Shared, hardware: String, known: Option<DeviceProfile>)
 }
 
 /// Measures the link to each member that this end has to measure: once, when its round trips have changed, and now and
-/// then while nothing runs.
+/// then; each time while no model is asked anything.
 pub(crate) async fn link_loop(shared: Arc<Shared>) {
     // Those that could not be measured must not keep others waiting.
     let mut failed: HashMap<NodeId, Instant> = HashMap::new();

@@ -124,7 +124,8 @@ impl Replica {
     }
 
     /// Takes a node's vote away. False when nobody can take it over, or this node does not lead, or not any more: a
-    /// leader hands over to another voter, who takes its vote away when asked again. The caller holds [`Replica::changing`](super::Replica).
+    /// leader hands over to another voter, who takes its vote away when asked again. The caller holds
+    /// [`Replica::changing`](super::Replica).
     pub(super) async fn free_of_vote(&self, node: NodeId) -> bool {
         let Some(now) = self.now() else { return false };
         if now.sets.iter().flatten().all(|id| id.node != node) {
