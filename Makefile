@@ -62,7 +62,7 @@ soak: setup model ## The same for MINUTES=n
 
 .PHONY: snapshots
 snapshots: setup model model-bench ## Whether a copy of the KV cache brings a lost sequence back sooner than computing it
-	$(CARGO) build --release --workspace --locked --example snapshots --features capstan-llama/snapshot
+	$(CARGO) build --release --workspace --locked --example snapshots
 	@for model in smollm2 qwen; do echo "$$model:"; target/release/examples/snapshots --model "$$(scripts/fetch-model.sh $$model)"; done
 
 RUNS ?= 100000

@@ -92,7 +92,8 @@ class Capstan:
         where = ["--layers", self.layers] if self.layers else ["--nodes", ",".join(NODES)]
         switch = ["--speculation", "off"] if self.can_switch and not speculation else []
         started = time.monotonic()
-        self.command(NODES[0], "load", self.model, "--name", name, *where, *self.size, *switch, "--json")
+        self.command(NODES[0], "load", self.model, "--name", name, "--replicas", "0", *where, *self.size, *switch,
+                     "--json")
         self.run([{"prompt": [1], "tokens": 1}], name)
         seconds = time.monotonic() - started
         self.note_stages()

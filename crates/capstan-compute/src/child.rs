@@ -3,13 +3,14 @@
 //! The process ends when its standard input ends, so a daemon that dies leaves no child behind.
 use std::collections::HashMap;
 use std::fs::File;
+use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
 use capstan_llama::{LlamaStage, StageOptions};
-use capstan_proto::child::{CHILD_VERSION, ChildStats, FromChild, StageInfo, StageSpec, ToChild, Wiring};
+use capstan_proto::child::{CHILD_VERSION, ChildStats, FromChild, SnapshotSpec, StageInfo, StageSpec, ToChild, Wiring};
 use capstan_proto::codec;
 use capstan_proto::generate::{ErrorKind, GenerateEvent, GenerateRequest, RequestError};
 use capstan_proto::{RequestId, limits};
@@ -23,6 +24,7 @@ use crate::link::IrohTransport;
 use crate::middle;
 use crate::os::take_stdout;
 use crate::prompt::PromptMaker;
+use crate::snapshots::Snapshots;
 use crate::wire::{Input, Wire};
 
 /// Inputs that wait for the compute thread. Micro-batches among them are bounded by `limits::STAGE_QUEUE`; the rest is
@@ -94,7 +96,11 @@ async fn serve(stdout: File) -> i32 {
             }
         };
         match message {
-            Ok(Some(ToChild::Shutdown) | None) => break 0,
+            Ok(Some(ToChild::Shutdown)) => break 0,
+            Ok(None) => {
+                session.orphaned = true;
+                break 0;
+            }
             Ok(Some(message)) => session.handle(message).await,
             Err(error) => {
                 tracing::error!(%error, "the daemon sent something that is no message");
@@ -103,6 +109,7 @@ async fn serve(stdout: File) -> i32 {
         }
     };
     session.stop().await;
+    session.clean_up();
     drop(session);
     drop(events);
     // What was still to be said (a `Failed`, say) goes out first.
@@ -164,6 +171,10 @@ struct Session {
     loading: Option<Loading>,
     loaded: Option<Loaded>,
     wiring: Option<JoinHandle<()>>,
+    /// Where KV snapshots lie.
+    snapshots: Option<PathBuf>,
+    /// The daemon is gone.
+    orphaned: bool,
     thread: Option<oneshot::Receiver<()>>,
     /// Cancel marks of requests whose prompts are being made or that run.
     live: HashMap<RequestId, Arc<AtomicBool>>,
@@ -181,6 +192,8 @@ impl Session {
             loading: None,
             loaded: None,
             wiring: None,
+            snapshots: None,
+            orphaned: false,
             thread: None,
             live: HashMap::new(),
             ended,
@@ -204,7 +217,13 @@ impl Session {
 
     async fn handle(&mut self, message: ToChild) {
         match message {
-            ToChild::Load(spec) => self.load(*spec),
+            ToChild::Load { spec, snapshots } => self.load(*spec, snapshots),
+            ToChild::Snapshots(all_keep) => {
+                if let Some(loaded) = &self.loaded {
+                    // In order with what follows; a closed queue is noticed by the main loop.
+                    loaded.wire.inputs.send(Input::Snapshots(all_keep)).await.ok();
+                }
+            }
             ToChild::Connect(wiring) => self.connect(wiring).await,
             ToChild::Submit { request, body } => self.submit(request, body).await,
             ToChild::Cancel { request } => self.cancel(request),
@@ -229,9 +248,10 @@ impl Session {
 
     /// Begins to load. Reading a large shard takes minutes, in which the daemon must be heard: [`Session::next_turn`]
     /// tells how it went.
-    fn load(&mut self, spec: StageSpec) {
+    fn load(&mut self, spec: StageSpec, snapshots: Option<SnapshotSpec>) {
         let (events, counters, ended) = (self.events.clone(), self.counters.clone(), self.ended_tx.clone());
         let begun = self.loading.is_some() || self.thread.is_some();
+        self.snapshots = snapshots.as_ref().map(|snapshots| snapshots.folder.clone());
         let (thread_ended, thread) = oneshot::channel();
         if !begun {
             self.thread = Some(thread);
@@ -246,6 +266,7 @@ impl Session {
             let (ready_tx, ready) = oneshot::channel();
             let work = ComputeThread {
                 spec: spec.clone(),
+                snapshots,
                 inputs: queue,
                 events: events.clone(),
                 counters: counters.clone(),
@@ -346,6 +367,17 @@ impl Session {
     }
 }
 
+impl Session {
+    /// Nobody else will remove what lies in memory when the daemon is gone.
+    fn clean_up(&self) {
+        if let Some(folder) = self.snapshots.as_ref().filter(|_| self.orphaned) {
+            std::fs::remove_dir_all(folder).ok();
+            // The last of the daemon's stages takes the folder around it along.
+            folder.parent().map(std::fs::remove_dir);
+        }
+    }
+}
+
 /// Renders and tokenizes on a thread whose stack grows with the text: llama.cpp splits words by `std::regex` for many
 /// vocabularies, which recurses once a character. Stacks are committed only where they are touched.
 async fn make_prompt(
@@ -383,6 +415,7 @@ type Ready = Result<(StageInfo, Option<Arc<PromptMaker>>), String>;
 
 struct ComputeThread {
     spec: Arc<StageSpec>,
+    snapshots: Option<SnapshotSpec>,
     inputs: mpsc::Receiver<Input>,
     events: mpsc::Sender<FromChild>,
     counters: Arc<Counters>,
@@ -399,8 +432,9 @@ impl ComputeThread {
             }
         };
         let info = stage.info();
+        let mut snapshots = Snapshots::open(self.snapshots, self.spec.stages);
         if self.spec.stage + 1 == self.spec.stages {
-            match Driver::new(stage, &self.spec, self.events, self.counters, self.ended) {
+            match Driver::new(stage, &self.spec, snapshots, self.events, self.counters, self.ended) {
                 Ok((mut driver, prompts)) => {
                     ready.send(Ok((info, Some(Arc::new(prompts))))).ok();
                     driver.run(&mut self.inputs);
@@ -412,7 +446,7 @@ impl ComputeThread {
         } else {
             let mut stage = stage;
             ready.send(Ok((info, None))).ok();
-            middle::run(&mut stage, &mut self.inputs, &self.events, &self.counters);
+            middle::run(&mut stage, &mut snapshots, &mut self.inputs, &self.events, &self.counters);
         }
     }
 }

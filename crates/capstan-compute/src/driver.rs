@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use capstan_engine::{
-    Engine, EngineConfig, PlannedBatch, SequenceStats, Stage, StageOutput, SubmitError, TokenOutcome,
+    Engine, EngineConfig, PlannedBatch, Saved, SequenceStats, Stage, StageOutput, SubmitError, TokenOutcome,
 };
 use capstan_llama::{LlamaStage, Vocab};
 use capstan_proto::child::{FromChild, StageSpec};
@@ -25,15 +25,20 @@ use crate::counters::Counters;
 use crate::draft::{Draft, Progress};
 use crate::embed::Embedder;
 use crate::prompt::PromptMaker;
+use crate::snapshots::Snapshots;
 use crate::wire::{Input, Links};
+
+/// An epoch has 2^32 marks of its own: one snapshot a millisecond for seven weeks without a failure, and then they go on
+/// into those of the next.
+const MARK_BITS: u32 = 32;
 
 /// The epoch in which micro-batches flow.
 struct Place {
     epoch: Epoch,
     /// To stage 0; none when this stage is the whole model.
     links: Option<Links>,
-    /// When each micro-batch under way was sent, in order.
-    sent: VecDeque<Instant>,
+    /// Micro-batches under way, in order: when each was sent, and what is to be saved behind it.
+    sent: VecDeque<(Instant, Option<Saved>)>,
 }
 
 /// What the last stage adds to its layers.
@@ -45,6 +50,9 @@ pub(crate) struct Driver {
     /// What the engine had counted when the epoch began.
     counted_before: capstan_engine::Counters,
     draft: Option<Draft>,
+    snapshots: Snapshots,
+    /// Whether every stage keeps them in the next epoch; said anew for each.
+    all_keep: bool,
     place: Option<Place>,
     answers: HashMap<RequestId, Answer>,
     events: mpsc::Sender<FromChild>,
@@ -63,6 +71,7 @@ impl Driver {
     pub fn new(
         stage: LlamaStage,
         spec: &StageSpec,
+        snapshots: Snapshots,
         events: mpsc::Sender<FromChild>,
         counters: Arc<Counters>,
         ended: mpsc::Sender<RequestId>,
@@ -78,6 +87,8 @@ impl Driver {
             Some(path) if spec.scheduling.speculation_depth > 0 => Some(Draft::load(path, &vocab, spec)?),
             _ => None,
         };
+        let can_keep = gguf.keeps_snapshots() && stage.model().keeps_snapshots();
+        let snapshots = if can_keep { snapshots } else { Snapshots::open(None, spec.stages) };
         let engine =
             Engine::new(EngineConfig { draft: draft.is_some(), ..engine_config(spec) }).map_err(|e| e.to_string())?;
         let driver = Self {
@@ -87,6 +98,8 @@ impl Driver {
             counted_before: engine.counters(),
             engine,
             draft,
+            snapshots,
+            all_keep: false,
             place: None,
             answers: HashMap::new(),
             events,
@@ -158,6 +171,12 @@ impl Driver {
                 self.counters.reset();
                 self.counted_before = self.engine.counters();
                 self.stage.reset(epoch).map_err(|e| EpochLost(e.to_string()))?;
+                self.snapshots.reset();
+                // Marks of an epoch are its own, and greater than those of the ones before.
+                let all_keep = std::mem::take(&mut self.all_keep);
+                let keep = all_keep && self.snapshots.are_kept();
+                let mark = epoch.0 << MARK_BITS;
+                self.engine.handle_epoch(keep, mark, if keep { self.snapshots.kept() } else { Vec::new() });
                 self.place = Some(Place { epoch, links, sent: VecDeque::new() });
                 // The wiring task may have been replaced meanwhile; the next one sends another epoch.
                 done.send(()).ok();
@@ -175,6 +194,7 @@ impl Driver {
                     self.lose(&reason);
                 }
             }
+            Input::Snapshots(all_keep) => self.all_keep = all_keep,
             Input::Submit { request, body, tokens } => self.submit(request, body, tokens),
             Input::Cancel { request } => {
                 self.note_speculation(request);
@@ -227,11 +247,12 @@ impl Driver {
             let Some(place) = &self.place else { return Ok(false) };
             let epoch = place.epoch;
             self.send_drops(epoch)?;
-            let Some(planned) = self.engine.poll_micro_batch() else { break };
+            let Some(mut planned) = self.engine.poll_micro_batch() else { break };
             self.report_started();
+            let saved = planned.saved.take();
             let batch = self.fill(planned, epoch)?;
             let Some(place) = &mut self.place else { return Ok(false) };
-            place.sent.push_back(Instant::now());
+            place.sent.push_back((Instant::now(), saved));
             match &place.links {
                 None => {
                     self.complete(BatchFrame { batch, stage_us: Vec::new() })?;
@@ -308,6 +329,7 @@ impl Driver {
         if self.engine.is_void(step) {
             batch = batch.without_rows();
         }
+        self.snapshots.before(&mut self.stage, &mut batch);
         let started = Instant::now();
         let logits = match self.stage.forward(&batch).map_err(|e| lost(&e))? {
             StageOutput::Logits(logits) => logits,
@@ -316,8 +338,12 @@ impl Driver {
         let busy = started.elapsed();
         self.counters.add(batch.rows.len(), busy);
         stage_us.push(if batch.rows.is_empty() { 0 } else { micros(busy) });
-        if let Some(sent) = self.place.as_mut().and_then(|p| p.sent.pop_front()) {
+        let sent = self.place.as_mut().and_then(|p| p.sent.pop_front());
+        if let Some((sent, _)) = &sent {
             self.engine.handle_times(step, &stage_us, micros(sent.elapsed()));
+        }
+        if self.engine.restores(step) {
+            self.engine.handle_restored(&Snapshots::restored(&batch));
         }
         let completed = self.engine.handle_completed(step).map_err(|e| lost(&e))?;
         let n_vocab = self.vocab.n_tokens();
@@ -328,6 +354,8 @@ impl Driver {
         for (request, row) in completed.outputs {
             self.sample(request, &logits[row * n_vocab..(row + 1) * n_vocab]);
         }
+        // Readers have their tokens by now.
+        self.snapshots.after(&mut self.stage, &batch, sent.and_then(|(_, saved)| saved).as_ref());
         Ok(())
     }
 

@@ -13,6 +13,7 @@
 //! | `driver` | the compute loop of the last stage: schedule, compute, sample |
 //! | `draft` | a small model beside the driver that guesses what comes next |
 //! | `answer` | one request inside the driver: sampler, text, log-probabilities, counts |
+//! | `snapshots` | the files of KV snapshots |
 //! | `prompt` | chat template and tokenizer, off the compute thread |
 //! | `counters` | what is counted, read once a second |
 //! | `os` | standard output kept for the protocol |
@@ -42,6 +43,7 @@ pub mod measure;
 mod middle;
 mod os;
 mod prompt;
+mod snapshots;
 mod wire;
 
 pub use host::devices;

@@ -2,18 +2,20 @@
 use std::time::Instant;
 
 use bytes::Bytes;
-use capstan_engine::{Stage, StageOutput};
+use capstan_engine::StageOutput;
 use capstan_proto::Epoch;
 use capstan_proto::child::FromChild;
-use capstan_proto::data::BatchFrame;
+use capstan_proto::data::{BatchFrame, MicroBatch};
 use tokio::sync::mpsc;
 
 use crate::counters::Counters;
+use crate::snapshots::{Keeps, Snapshots};
 use crate::wire::{Input, Links};
 
 /// Computes until [`Input::Stop`] or until nobody sends any more.
 pub(crate) fn run(
-    stage: &mut dyn Stage,
+    stage: &mut impl Keeps,
+    snapshots: &mut Snapshots,
     inputs: &mut mpsc::Receiver<Input>,
     events: &mpsc::Sender<FromChild>,
     counters: &Counters,
@@ -24,6 +26,7 @@ pub(crate) fn run(
             Input::Stop => return,
             Input::Epoch { epoch, links, done } => {
                 counters.reset();
+                snapshots.reset();
                 match stage.reset(epoch) {
                     Ok(()) => {
                         place = links.map(|links| (epoch, links));
@@ -33,18 +36,21 @@ pub(crate) fn run(
                     Err(error) => tracing::error!(%error, "the KV cache could not be emptied"),
                 }
             }
-            Input::Batch { frame, permit } => {
+            Input::Batch { mut frame, permit } => {
                 let Some((epoch, links)) = place.as_ref().filter(|(epoch, _)| *epoch == frame.batch.epoch) else {
                     tracing::debug!(epoch = %frame.batch.epoch, "a late micro-batch was dropped");
                     continue;
                 };
                 let epoch = *epoch;
+                snapshots.before(stage, &mut frame.batch);
                 let result = forward(stage, frame, links, counters);
                 drop(permit);
                 match result {
                     // A closed queue means that the links broke, which the wiring task reports.
-                    Ok(frame) => {
-                        links.frames.blocking_send(frame).ok();
+                    Ok((bytes, batch)) => {
+                        links.frames.blocking_send(bytes).ok();
+                        // While the next stages compute.
+                        snapshots.after(stage, &batch, None);
                     }
                     Err(reason) => {
                         tracing::error!(%reason, "a micro-batch failed");
@@ -56,14 +62,21 @@ pub(crate) fn run(
             Input::Lost { epoch, .. } => {
                 place.take_if(|(current, _)| *current == epoch);
             }
-            Input::Submit { .. } | Input::Cancel { .. } => tracing::warn!("a request reached a stage without a driver"),
+            Input::Submit { .. } | Input::Cancel { .. } | Input::Snapshots(_) => {
+                tracing::warn!("what is for a driver reached another stage");
+            }
         }
     }
 }
 
 /// The frame for the next stage: the step with this stage's hidden states and time. A step that need not be computed
 /// any more goes on without rows, so that steps stay gapless and its operations are applied everywhere.
-fn forward(stage: &mut dyn Stage, frame: BatchFrame, links: &Links, counters: &Counters) -> Result<Bytes, String> {
+fn forward(
+    stage: &mut impl Keeps,
+    frame: BatchFrame,
+    links: &Links,
+    counters: &Counters,
+) -> Result<(Bytes, MicroBatch), String> {
     let BatchFrame { mut batch, mut stage_us } = frame;
     let started = Instant::now();
     if links.drops.begin(batch.step) {
@@ -76,5 +89,6 @@ fn forward(stage: &mut dyn Stage, frame: BatchFrame, links: &Links, counters: &C
     let busy = started.elapsed();
     counters.add(batch.rows.len(), busy);
     stage_us.push(if batch.rows.is_empty() { 0 } else { u32::try_from(busy.as_micros()).unwrap_or(u32::MAX) });
-    batch.encode_hidden(&hidden, &stage_us).map(Bytes::from).map_err(|e| e.to_string())
+    let bytes = batch.encode_hidden(&hidden, &stage_us).map_err(|e| e.to_string())?;
+    Ok((bytes.into(), batch))
 }

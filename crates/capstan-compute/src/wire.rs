@@ -35,6 +35,8 @@ pub(crate) enum Input {
     Lost { epoch: Epoch, reason: String },
     /// Driver: a request, rendered and tokenized.
     Submit { request: RequestId, body: Box<GenerateRequest>, tokens: Vec<i32> },
+    /// Driver: whether every stage keeps KV snapshots, from the next epoch on.
+    Snapshots(bool),
     /// Driver: forget a request.
     Cancel { request: RequestId },
     /// End the thread.

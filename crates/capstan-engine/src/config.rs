@@ -57,6 +57,11 @@ pub struct ConfigError {
     pub max: u64,
 }
 
+/// Most micro-batches under way with the usual settings. When so many more have come, one has gone all the way round.
+pub fn in_flight_max(stages: u16) -> u16 {
+    if stages == 1 { 1 } else { stages.saturating_mul(3) }
+}
+
 impl EngineConfig {
     /// The usual settings: everything that keeps stages busy is on.
     ///
@@ -70,7 +75,7 @@ impl EngineConfig {
             chunk,
             fixed_shapes: false,
             decode_batch: slots,
-            in_flight_max: if stages == 1 { 1 } else { stages.saturating_mul(3) },
+            in_flight_max: in_flight_max(stages),
             decode_slowdown_percent: 175,
             queue_max: limits::QUEUE_MAX,
             prefix_cache: true,

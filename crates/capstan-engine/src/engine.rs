@@ -1,4 +1,5 @@
 //! The scheduler as a state machine: requests go in, micro-batches come out, micro-batches return, tokens go in.
+mod restoring;
 mod taking;
 
 use std::collections::{BTreeSet, VecDeque};
@@ -15,12 +16,13 @@ use crate::guess::{self, Source};
 use crate::invariants::Parts;
 use crate::measure::Measure;
 use crate::prefix::{self, Rules};
-use crate::queue::{Queue, Request};
+use crate::queue::{Queue, Request, asked};
 use crate::report::{Completed, Counters, GuessWanted, PlannedBatch, SequenceStats, Started, TokenOutcome};
 use crate::schedule;
 use crate::sequence::{Guess, Next, Phase, Sequence};
 use crate::slots::Slots;
 use crate::turns::Turns;
+use restoring::Snapshots;
 
 /// Schedules sequences over a pipeline of stages.
 ///
@@ -54,6 +56,7 @@ pub struct Engine {
     turns: Turns,
     /// The size of chunk that was tried last to see what it costs.
     exploring: Option<u32>,
+    snapshots: Snapshots,
     /// Requests that ever got a slot.
     admissions: u64,
     /// Tokens that were ever taken in.
@@ -78,6 +81,7 @@ impl Engine {
             spares: spares(&config),
             turns: Turns::default(),
             exploring: None,
+            snapshots: Snapshots::default(),
             admissions: 0,
             tokens: 0,
             totals: Counters::default(),
@@ -135,6 +139,9 @@ impl Engine {
     /// microseconds; to be said before [`Engine::handle_completed`]. A stage that computed no row of it says 0.
     pub fn handle_times(&mut self, step: u64, stage_us: &[u32], round_trip_us: u32) {
         let Some(sent) = self.flight.get(step).filter(|_| stage_us.len() == self.cost.stages()) else { return };
+        if sent.kind == BatchKind::Restore {
+            return;
+        }
         if let (BatchKind::Measure, &[work]) = (sent.kind, &sent.runs[..]) {
             let us = stage_us.iter().map(|us| u64::from(*us)).sum();
             if self.measure.learn(work, us) {
@@ -189,6 +196,7 @@ impl Engine {
         self.drops.clear();
         self.spares = spares(&self.config);
         self.turns = Turns::default();
+        self.snapshots = Snapshots::default();
         self.debug_check();
         lost.into_iter().map(|(_, id)| id).collect()
     }
@@ -198,6 +206,9 @@ impl Engine {
     /// Sequences that decode and chunks of prompts take turns, each with its share; guesses and measurements only take
     /// what is idle.
     pub fn poll_micro_batch(&mut self) -> Option<PlannedBatch> {
+        if self.snapshots.is_restoring() {
+            return self.send_restore();
+        }
         self.admit();
         self.deal();
         if self.flight.len() >= usize::from(self.config.in_flight_max) {
@@ -303,16 +314,18 @@ impl Engine {
             grid: self.config.fixed_shapes.then_some(self.config.chunk),
         };
         while let Some(request) = self.queue.front() {
-            let Some(seat) = prefix::seat(&self.slots.held(), &request.prompt, rules) else { return };
+            let Some(seat) = prefix::seat(&self.slots.held(), &request.prompt, request.asked(), rules) else { return };
             let Some(Request { id, prompt, answered, max_tokens }) = self.queue.pop() else { return };
             self.ops.extend(seat.ops);
             self.totals.prompt_tokens += prompt.len() as u64;
             self.totals.cached_tokens += u64::from(seat.cached);
             self.started.push_back(Started { id, slot: seat.slot, cached: seat.cached });
             let tokens_max = max_tokens.unwrap_or(u32::MAX);
-            let asked = (prompt.len() as u32).saturating_sub(answered);
+            let asked = asked(&prompt, answered);
             let mut sequence = Sequence::new(id, prompt, tokens_max, self.admissions, seat.cached);
             sequence.asked = asked;
+            sequence.grid_rows = seat.grid_rows;
+            sequence.saved_rows = seat.saved_rows;
             self.slots.occupy(seat.slot, sequence);
             self.admissions += 1;
         }
@@ -409,7 +422,9 @@ impl Engine {
         let (rows, tokens, last) = sequence.take_chunk(slot, count, chunk);
         self.turns.sent_chunk();
         let work = Work::prefill(rows.len() as u32, start);
-        Some(self.plan(BatchKind::Prefill, vec![slot], u32::from(last), vec![work], rows, tokens))
+        let saved = self.save(&[slot]);
+        let planned = self.plan(BatchKind::Prefill, vec![slot], u32::from(last), vec![work], rows, tokens);
+        Some(PlannedBatch { saved, ..planned })
     }
 
     fn send_group(&mut self, group: Vec<u32>) -> Option<PlannedBatch> {
@@ -419,7 +434,9 @@ impl Engine {
         let (rows, tokens): (Vec<Row>, Vec<i32>) = taken.unzip();
         let members: Vec<Member> = rows.iter().map(|r| Member { slot: r.slot, depth: r.pos + 1 }).collect();
         let runs = dealing::runs(&members).collect();
-        Some(self.plan(BatchKind::Decode, group, rows.len() as u32, runs, rows, tokens))
+        let saved = self.save(&group);
+        let planned = self.plan(BatchKind::Decode, group, rows.len() as u32, runs, rows, tokens);
+        Some(PlannedBatch { saved, ..planned })
     }
 
     fn may_guess(&self, sequence: &Sequence) -> bool {
@@ -507,7 +524,7 @@ impl Engine {
         let step = self.flight.push(kind, slots, outputs, runs);
         let ops = std::mem::take(&mut self.ops);
         self.debug_check();
-        PlannedBatch { step, kind, ops, rows, tokens }
+        PlannedBatch { step, kind, ops, rows, tokens, saved: None }
     }
 
     /// The guesses of a sequence are wrong: none of them need be computed, and what was is taken back.

@@ -56,6 +56,10 @@ impl LayerKv {
     }
 }
 
+/// What a slot of a [`FakeStage`] held once.
+#[derive(Clone, Debug)]
+pub struct FakeSnapshot(Vec<LayerKv>);
+
 /// A layer range of a [`FakeModel`].
 #[derive(Clone, Debug)]
 pub struct FakeStage {
@@ -108,6 +112,7 @@ impl FakeStage {
         let of_ops = batch.ops.iter().flat_map(|op| match *op {
             KvOp::Clear { slot } | KvOp::Trim { slot, .. } => [slot, slot],
             KvOp::Copy { from, to } => [from, to],
+            KvOp::Save { slot, .. } | KvOp::Restore { slot, .. } => [slot, slot],
         });
         if let Some(slot) = of_ops.chain(batch.rows.iter().map(|r| r.slot)).find(no_slot) {
             return Err(StageError::Refused(format!("slot {slot} was named, but there are {slots}")));
@@ -123,9 +128,20 @@ impl FakeStage {
                 KvOp::Copy { to, .. } => {
                     return Err(StageError::Refused(format!("slot {to} is not empty, so nothing can be copied to it")));
                 }
+                KvOp::Save { .. } | KvOp::Restore { .. } => {}
             }
         }
         Ok(())
+    }
+
+    /// What a slot holds.
+    pub fn save(&self, slot: u32) -> FakeSnapshot {
+        FakeSnapshot(self.kv[slot as usize].clone())
+    }
+
+    /// Lets a slot hold what was saved.
+    pub fn restore(&mut self, slot: u32, snapshot: &FakeSnapshot) {
+        self.kv[slot as usize] = snapshot.0.clone();
     }
 
     fn apply(&mut self, op: KvOp) {
@@ -133,6 +149,8 @@ impl FakeStage {
             KvOp::Clear { slot } => self.kv[slot as usize].fill(LayerKv::default()),
             KvOp::Trim { slot, from } => self.kv[slot as usize].iter_mut().for_each(|l| l.trim(from)),
             KvOp::Copy { from, to } => self.kv[to as usize] = self.kv[from as usize].clone(),
+            // Whoever has the stage does it.
+            KvOp::Save { .. } | KvOp::Restore { .. } => {}
         }
     }
 }

@@ -14,6 +14,8 @@ pub enum BatchKind {
     Guess,
     /// Rows of no sequence: how long do they take?
     Measure,
+    /// No rows: snapshots are restored.
+    Restore,
 }
 
 /// A micro-batch that is under way.

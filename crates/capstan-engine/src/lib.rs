@@ -64,13 +64,13 @@ pub mod stage;
 mod throttle;
 mod turns;
 
-pub use config::{ConfigError, EngineConfig};
+pub use config::{ConfigError, EngineConfig, in_flight_max};
 pub use cost::{CostModel, Work};
 pub use engine::Engine;
-pub use fake::{FakeModel, FakeStage};
+pub use fake::{FakeModel, FakeSnapshot, FakeStage};
 pub use flight::{BatchKind, CompletedError};
 pub use report::{
-    Completed, Counters, FinishedBy, GuessWanted, InvariantBroken, PlannedBatch, SequenceStats, Started, SubmitError,
-    TokenOutcome,
+    Completed, Counters, FinishedBy, GuessWanted, InvariantBroken, PlannedBatch, Saved, SequenceStats, Started,
+    SubmitError, TokenOutcome,
 };
 pub use stage::{Stage, StageError, StageOutput, StepGuard};

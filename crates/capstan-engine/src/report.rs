@@ -13,10 +13,27 @@ pub struct PlannedBatch {
     pub kind: BatchKind,
     /// KV operations that precede the rows.
     pub ops: Vec<KvOp>,
-    /// At least one: rows of one sequence, or one row each of several, slots ascending.
+    /// Rows of one sequence, or one row each of several, slots ascending; none only to restore snapshots.
     pub rows: Vec<Row>,
     /// One a row.
     pub tokens: Vec<i32>,
+    /// What the snapshot holds that is to be saved behind the rows, if one is.
+    pub saved: Option<Saved>,
+}
+
+/// A KV snapshot, as whoever restores it must know it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Saved {
+    /// The slot that it is of.
+    pub slot: u32,
+    /// By which stages find it; later ones have greater marks.
+    pub mark: u64,
+    /// The tokens whose KV it holds.
+    pub tokens: Vec<i32>,
+    /// Of these and those that followed so many were asked; the rest is answered.
+    pub asked: u32,
+    /// Of these the first ones that were computed in chunks of the fixed grid.
+    pub grid_rows: u32,
 }
 
 impl PlannedBatch {

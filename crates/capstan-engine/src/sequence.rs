@@ -64,6 +64,8 @@ pub(crate) struct Sequence {
     pub ngrams: Ngrams,
     /// Of the prompt so many were asked; the rest was answered in a lost epoch.
     pub asked: u32,
+    /// Of `tokens` so many are in its last snapshot.
+    pub saved_rows: u32,
     prompt: u32,
     tokens_max: u32,
 }
@@ -97,6 +99,7 @@ impl Sequence {
             record: Record::default(),
             ngrams: Ngrams::default(),
             asked: prompt.len() as u32,
+            saved_rows: 0,
             prompt: prompt.len() as u32,
             tokens_max,
             tokens: prompt,

@@ -2,6 +2,7 @@
 use capstan_proto::RequestId;
 
 use crate::prefix::Held;
+use crate::report::Saved;
 use crate::sequence::{Phase, Sequence};
 
 #[derive(Debug, Default)]
@@ -10,6 +11,8 @@ struct Slot {
     /// What the caches hold while no sequence is here.
     left: Vec<i32>,
     left_grid_rows: u32,
+    left_asked: u32,
+    left_saved_rows: u32,
     /// When its last sequence came, not when it left: so slots are given away in turns, and sequences that run at the
     /// same time are neighbours, which is what groups want.
     last_used: u64,
@@ -45,12 +48,14 @@ impl Slots {
     /// What each slot holds, for the choice of a seat.
     pub fn held<'a>(&'a self) -> Vec<Held<'a>> {
         let each = |(slot, s): (u32, &'a Slot)| {
-            let (tokens, grid_rows) = match &s.sequence {
+            let (tokens, grid_rows, asked, saved_rows) = match &s.sequence {
                 // A prefix may be copied that is still on its way: the copy travels behind it.
-                Some(q) => (q.tokens.get(..q.kv_rows as usize).unwrap_or(&q.tokens), q.grid_rows),
-                None => (&s.left[..], s.left_grid_rows),
+                Some(q) => {
+                    (q.tokens.get(..q.kv_rows as usize).unwrap_or(&q.tokens), q.grid_rows, q.asked, q.saved_rows)
+                }
+                None => (&s.left[..], s.left_grid_rows, s.left_asked, s.left_saved_rows),
             };
-            Held { slot, tokens, grid_rows, live: s.sequence.is_some(), last_used: s.last_used }
+            Held { slot, tokens, grid_rows, asked, saved_rows, live: s.sequence.is_some(), last_used: s.last_used }
         };
         (0..).zip(&self.slots).map(each).collect()
     }
@@ -73,8 +78,22 @@ impl Slots {
             sequence.tokens.truncate(sequence.kv_rows as usize);
             place.left = std::mem::take(&mut sequence.tokens);
             place.left_grid_rows = sequence.grid_rows;
+            place.left_asked = sequence.asked;
+            place.left_saved_rows = sequence.saved_rows;
         }
         Some(sequence)
+    }
+
+    /// An empty slot holds what this snapshot says.
+    pub fn refill(&mut self, saved: Saved) {
+        self.clock += 1;
+        if let Some(place) = self.slots.get_mut(saved.slot as usize).filter(|place| place.sequence.is_none()) {
+            place.left_saved_rows = saved.tokens.len() as u32;
+            place.left = saved.tokens;
+            place.left_grid_rows = saved.grid_rows;
+            place.left_asked = saved.asked;
+            place.last_used = self.clock;
+        }
     }
 
     /// The sequences, in slot order.

@@ -67,12 +67,16 @@ proptest! {
         config in config(),
         events in events(),
         draft in prop::option::of(0..=100usize),
+        snapshots: bool,
         seed: u64,
     ) {
         let mut dice = Dice(seed);
         let model = FakeModel::small();
         let mut ring = Ring::new(config.clone(), model);
         ring.draft = draft;
+        if snapshots {
+            ring.keep_snapshots();
+        }
         let mut requests = Vec::new();
         for event in events {
             match event {
@@ -95,7 +99,11 @@ proptest! {
                     requests.push((prompt, max_tokens));
                 }
                 Event::Cancel(i) => ring.cancel(RequestId((i % requests.len().max(1)) as u64)),
-                Event::Lose => ring.lose(),
+                Event::Lose => {
+                    // A stage whose process ends may have been about to save, or had no room.
+                    ring.forget(dice.below(config.stages.into()), dice.below(50));
+                    ring.lose();
+                }
                 Event::Act(times) => {
                     for _ in 0..times {
                         ring.poll();
@@ -171,6 +179,57 @@ fn an_answer_that_is_taken_up_again_is_computed_in_the_shapes_it_had() {
     let outputs: Vec<usize> = ring.planned.iter().take(5).map(|b| b.rows.iter().filter(|r| r.output).count()).collect();
     assert_eq!(outputs, [0, 0, 0, 0, 1]);
     assert_eq!(ring.answers[&RequestId(1)], whole[3..]);
+}
+
+#[test]
+fn an_answer_goes_on_behind_what_was_saved_of_it() {
+    for fixed_shapes in [false, true] {
+        let model = FakeModel { n_vocab: 4096, ..FakeModel::small() };
+        let config = EngineConfig { fixed_shapes, ..plain(3, 2, 1024, 16) };
+        let (asked, want) = ([prompt(20), prompt(90)], 150);
+        let whole: Vec<Vec<i32>> = asked.iter().map(|p| alone(model, p, Some(want), 1024).0).collect();
+        assert!(whole.iter().all(|answer| answer.len() == want as usize), "an answer ended early");
+        let mut ring = Ring::new(config, model);
+        ring.keep_snapshots();
+        for (id, prompt) in (0..).zip(&asked) {
+            ring.submit(id, prompt.clone(), Some(want));
+        }
+        ring.poll();
+        while ring.answers.values().any(|answer| answer.len() < 100) {
+            round(&mut ring);
+        }
+        // What one stage has lost is computed again from the beginning.
+        for (attempt, lost) in [(1, false), (2, true)] {
+            let so_far: Vec<Vec<i32>> = (0..2)
+                .map(|i| (0..=attempt - 1).flat_map(|a| ring.answers[&RequestId(10 * a + i)].clone()).collect())
+                .collect();
+            if lost {
+                ring.forget(1, 100);
+            }
+            ring.lose();
+            for (i, said) in (0..2u64).zip(&so_far) {
+                assert_eq!(said[..], whole[i as usize][..said.len()]);
+                let tokens: Vec<i32> = asked[i as usize].iter().chain(said).copied().collect();
+                ring.resume(10 * attempt + i, tokens, said.len() as u32, Some(want - said.len() as u32));
+            }
+            ring.poll();
+            while ring.answers[&RequestId(10 * attempt)].is_empty()
+                || ring.answers[&RequestId(10 * attempt + 1)].is_empty()
+            {
+                round(&mut ring);
+            }
+            for (i, said) in (0..2u64).zip(&so_far) {
+                let (cached, all) = (ring.cached[&RequestId(10 * attempt + i)], asked[i as usize].len() + said.len());
+                assert_eq!(cached == 0, lost);
+                assert!(lost || all - cached as usize <= 40, "{cached} of {all}, fixed shapes: {fixed_shapes}");
+            }
+        }
+        ring.drain(&mut Dice(5));
+        for (i, whole) in (0..2).zip(&whole) {
+            let said: Vec<i32> = (0..3).flat_map(|a| ring.answers[&RequestId(10 * a + i)].clone()).collect();
+            assert_eq!(&said, whole, "fixed shapes: {fixed_shapes}");
+        }
+    }
 }
 
 #[test]

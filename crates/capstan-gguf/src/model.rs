@@ -216,6 +216,10 @@ impl Model {
     pub fn rollback(&self) -> Rollback {
         arch::rollback(&self.architecture)
     }
+    /// Whether what llama.cpp writes down of a sequence is all of it; layers with a sliding window are another matter.
+    pub fn keeps_snapshots(&self) -> bool {
+        arch::keeps_snapshots(&self.architecture)
+    }
     /// How hidden states enter and leave a stage of this range.
     pub fn window_io(&self, range: LayerRange) -> WindowIo {
         let rules = self.windows.rules();

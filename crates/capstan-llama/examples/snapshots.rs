@@ -1,7 +1,7 @@
 //! Whether a copy of the KV cache would bring a lost sequence back sooner than computing it again: both, on one core, for
 //! histories of some lengths. Prints a Markdown table.
 use std::error::Error;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use capstan_engine::StageOutput;
@@ -29,6 +29,9 @@ struct Args {
     /// Compute threads
     #[arg(long, default_value_t = 1)]
     threads: u32,
+    /// Where the copies go, best in memory
+    #[arg(long, default_value = "/dev/shm")]
+    folder: PathBuf,
 }
 
 /// Computes tokens `from..to` of slot 0 in chunks of so many rows, and gives the logits of the last one.
@@ -78,29 +81,26 @@ fn main() -> Outcome<()> {
         "| tokens | computed in chunks of {CHUNK} | one by one | a token more | bytes of a copy | to copy it | to put it back |"
     );
     println!("|---:|---:|---:|---:|---:|---:|---:|");
-    for n in args.tokens {
-        let ms = |d: Duration| format!("{:.1} ms", d.as_secs_f64() * 1e3);
-        let (alone, _) = shortest(|| compute(&mut context, 0, n, 1))?;
-        let (chunks, _) = shortest(|| compute(&mut context, 0, n, CHUNK))?;
-        let (copy, bytes) = shortest(|| Ok(context.save(0)?))?;
-        let (token, wanted) = shortest(|| compute(&mut context, n, n + 1, 1))?;
-        let (back, ()) = shortest(|| {
-            context.clear();
-            Ok(context.restore(0, &bytes, n)?)
-        })?;
-        let again = compute(&mut context, n, n + 1, 1)?;
-        if again.iter().map(|l| l.to_bits()).ne(wanted.iter().map(|l| l.to_bits())) {
-            return Err("what was put back is not what was copied".into());
-        }
-        println!(
-            "| {n} | {} | {} | {} | {} | {} | {} |",
-            ms(chunks),
-            ms(alone),
-            ms(token),
-            bytes.len(),
-            ms(copy),
-            ms(back)
-        );
+    let file = args.folder.join(format!("capstan-snapshot-{}", std::process::id()));
+    let measured = args.tokens.iter().try_for_each(|n| measure(&mut context, *n, &file));
+    std::fs::remove_file(&file)?;
+    measured
+}
+
+fn measure(context: &mut Context, n: u32, file: &Path) -> Outcome<()> {
+    let ms = |d: Duration| format!("{:.1} ms", d.as_secs_f64() * 1e3);
+    let (alone, _) = shortest(|| compute(context, 0, n, 1))?;
+    let (chunks, _) = shortest(|| compute(context, 0, n, CHUNK))?;
+    let (copy, bytes) = shortest(|| Ok(context.save(0, file)?))?;
+    let (token, wanted) = shortest(|| compute(context, n, n + 1, 1))?;
+    let (back, ()) = shortest(|| {
+        context.clear();
+        Ok(context.restore(0, file, n)?)
+    })?;
+    let again = compute(context, n, n + 1, 1)?;
+    if again.iter().map(|l| l.to_bits()).ne(wanted.iter().map(|l| l.to_bits())) {
+        return Err("what was put back is not what was copied".into());
     }
+    println!("| {n} | {} | {} | {} | {} | {} | {} |", ms(chunks), ms(alone), ms(token), bytes, ms(copy), ms(back));
     Ok(())
 }

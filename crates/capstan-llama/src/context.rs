@@ -75,6 +75,8 @@ pub struct Context {
     batch: Batch,
     /// The next position of each slot, then of each spare: what llama.cpp's cache holds, known without asking it.
     next: Vec<u32>,
+    /// llama.cpp copies between caches with the next rows that it computes, not before.
+    copies_wait: bool,
     slots: u32,
     ctx_per_slot: u32,
     ubatch: u32,
@@ -177,6 +179,7 @@ impl Context {
             threads: ThreadPool::attach(ptr, threads),
             batch: Batch::default(),
             next: vec![0; sequences as usize],
+            copies_wait: false,
             slots: options.slots,
             ctx_per_slot: per_slot,
             ubatch: ubatch.min(got_ubatch),
@@ -218,14 +221,17 @@ impl Context {
         self.next.get(slot as usize).copied()
     }
 
-    #[cfg(feature = "snapshot")]
     pub(crate) fn as_ptr(&self) -> *mut sys::llama_context {
         self.ptr.as_ptr()
     }
 
-    #[cfg(feature = "snapshot")]
     pub(crate) fn put_next(&mut self, slot: u32, next: u32) {
         self.next[slot as usize] = next;
+    }
+
+    /// Whether a copy is still to come that would overwrite what is put into its target now.
+    pub(crate) fn copies_wait(&self) -> bool {
+        self.copies_wait
     }
 
     /// Empties every slot.
@@ -243,6 +249,7 @@ impl Context {
         micro_batch.check().map_err(|e| LlamaError::Refused(e.to_string()))?;
         self.check_payload(rows, payload)?;
         let next = self.plan(ops, rows)?;
+        self.copies_wait |= ops.iter().any(|op| matches!(op, KvOp::Copy { .. }));
         self.apply(ops)?;
         self.next = next;
         if rows.is_empty() {
@@ -304,6 +311,8 @@ impl Context {
                     }
                     next[to] = next[from];
                 }
+                // Whoever has the files does it, before or after.
+                KvOp::Save { slot, .. } | KvOp::Restore { slot, .. } => _ = slot_of(slot)?,
             }
         }
         let mut per_slot: Option<usize> = None;
@@ -352,6 +361,7 @@ impl Context {
                 KvOp::Copy { from, to } => unsafe {
                     sys::llama_memory_seq_cp(self.memory, from as i32, to as i32, -1, -1);
                 },
+                KvOp::Save { .. } | KvOp::Restore { .. } => {}
             }
         }
         Ok(())
@@ -382,6 +392,7 @@ impl Context {
             });
             return Err(LlamaError::Compute(format!("llama_decode returned {code}: {why}")));
         }
+        self.copies_wait = false;
         match self.capture {
             Some(_) => self.captured(rows.len()),
             None => self.logits(rows),

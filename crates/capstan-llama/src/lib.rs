@@ -17,7 +17,7 @@
 //! | [`sampler`] | a token from logits |
 //! | [`rows`] | an embedding row from a quantised tensor |
 //! | `sparse` | mapping a file that is larger than the memory |
-//! | `snapshot` | a sequence's cache as bytes, to measure what that would bring (feature `snapshot`, as `rpc`) |
+//! | `snapshot` | a slot's cache as a file |
 //! | `rpc` | llama.cpp's own RPC, for the benchmark to compare with (feature `rpc`, never on in the product) |
 pub mod backend;
 mod batch;
@@ -30,7 +30,6 @@ pub mod rows;
 #[cfg(feature = "rpc")]
 pub mod rpc;
 pub mod sampler;
-#[cfg(feature = "snapshot")]
 mod snapshot;
 mod sparse;
 pub mod stage;

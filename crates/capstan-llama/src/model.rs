@@ -64,6 +64,7 @@ struct Facts {
     n_params: u64,
     recurrent: bool,
     hybrid: bool,
+    window: u32,
 }
 
 impl Model {
@@ -190,6 +191,11 @@ impl Model {
     pub fn is_hybrid(&self) -> bool {
         self.facts.hybrid
     }
+    /// Whether a snapshot of a sequence is as good as the sequence. Of layers with a sliding window llama.cpp saves only
+    /// what the window still sees, so what is trimmed afterwards would see too little.
+    pub fn keeps_snapshots(&self) -> bool {
+        self.facts.window == 0
+    }
     /// Its vocabulary.
     pub fn vocab(self: &Arc<Self>) -> Vocab {
         Vocab::new(self)
@@ -225,6 +231,7 @@ fn read_facts(ptr: NonNull<sys::llama_model>) -> Facts {
             n_params: sys::llama_model_n_params(m),
             recurrent: sys::llama_model_is_recurrent(m),
             hybrid: sys::llama_model_is_hybrid(m),
+            window: count(sys::llama_model_n_swa(m)),
         }
     }
 }

@@ -168,6 +168,10 @@ impl LlamaStage {
     pub fn context(&self) -> &Context {
         &self.context
     }
+    /// The same, to save and restore slots.
+    pub fn context_mut(&mut self) -> &mut Context {
+        &mut self.context
+    }
     /// What it measures, with this process's id. Weights are counted from the tensors; KV and compute buffers are what
     /// llama.cpp's log says.
     pub fn info(&self) -> StageInfo {

@@ -1,7 +1,8 @@
 //! Rows computed in vain leave no trace: the proof of `Model::rollback`, for every tiny model, whole and in two stages.
 //!
 //! A sequence that guesses and takes the wrong guesses back has, bit for bit, the logits of one that never guessed; so
-//! has a sequence beside it. A sequence that goes on from a copied or trimmed one has those of one that was computed. What
+//! has a sequence beside it. A sequence that goes on from a copied or trimmed one, or from a snapshot, has those of one that
+//! was computed. What
 //! the table says is proved, and where it says that nothing works the obvious ways are seen to fail.
 use capstan_engine::contract::{ContractParams, check_stage};
 use capstan_gguf::Model;
@@ -205,6 +206,51 @@ fn prove_prefixes(pipeline: &mut Pipeline, way: Rollback) -> Result<(), String> 
     Ok(())
 }
 
+/// A sequence that goes on from a snapshot, whole, trimmed or copied, is as if it had never been away.
+fn prove_snapshots(pipeline: &mut Pipeline, way: Rollback) -> Result<(), String> {
+    let folder = tempfile::tempdir().map_err(|e| e.to_string())?;
+    let story = Story::new(pipeline.n_vocab(), &[]);
+    let (prompt, text, next) = (&story.prompt, &story.text[..6], &story.other[..5]);
+    let end = PROMPT + text.len();
+    let begin = |pipeline: &mut Pipeline, text: &[i32]| -> Result<(), String> {
+        pipeline.reset()?;
+        pipeline.send(vec![], &one(1, 0, &story.other[..PROMPT]))?;
+        pipeline.send(vec![], &one(0, 0, prompt))?;
+        go_on(pipeline, vec![], 0, PROMPT, text).map(|_| ())
+    };
+    let file = |i: usize| folder.path().join(i.to_string());
+    let restore = |pipeline: &mut Pipeline, slot: u32| -> Result<(), String> {
+        pipeline.reset()?;
+        let mut stages = pipeline.stages.iter_mut().enumerate();
+        stages.try_for_each(|(i, s)| s.context_mut().restore(slot, &file(i), end as u32).map_err(|e| e.to_string()))
+    };
+    begin(pipeline, text)?;
+    for (i, stage) in pipeline.stages.iter_mut().enumerate() {
+        let (saved, told) = (stage.context_mut().save(0, &file(i)), stage.context_mut().snapshot_bytes(0));
+        let (saved, told) = (saved.map_err(|e| e.to_string())?, told.map_err(|e| e.to_string())?);
+        if saved.abs_diff(told) > 64 {
+            return Err(format!("a snapshot takes {saved} bytes, and {told} were told"));
+        }
+    }
+    let want = go_on(pipeline, vec![], 0, end, next)?;
+    for slot in [0, 2] {
+        restore(pipeline, slot)?;
+        same(&want, &go_on(pipeline, vec![], slot, end, next)?, &format!("going on from a snapshot in slot {slot}"))?;
+    }
+    restore(pipeline, 0)?;
+    let copy = vec![KvOp::Copy { from: 0, to: 2 }];
+    same(&want, &go_on(pipeline, copy, 2, end, next)?, "going on from a copy of a snapshot")?;
+    for kept in if way == Rollback::Trim { &[0, 2][..] } else { &[] } {
+        let from = PROMPT + kept;
+        begin(pipeline, &text[..*kept])?;
+        let want = go_on(pipeline, vec![], 0, from, next)?;
+        restore(pipeline, 0)?;
+        let trim = vec![KvOp::Trim { slot: 0, from: from as u32 }];
+        same(&want, &go_on(pipeline, trim, 0, from, next)?, &format!("going on after {from} tokens of a snapshot"))?;
+    }
+    Ok(())
+}
+
 fn context(way: Rollback, kv_unified: bool) -> ContextOptions {
     ContextOptions {
         ctx_per_slot: 256,
@@ -219,7 +265,7 @@ fn context(way: Rollback, kv_unified: bool) -> ContextOptions {
 
 /// Whether this way of taking rows back is right for the model, whole and in two stages.
 fn prove(subject: &mut Subject, way: Rollback) -> Result<usize, String> {
-    let n = subject.model.n_layers();
+    let (n, subject_keeps) = (subject.model.n_layers(), subject.model.keeps_snapshots());
     let cuts = subject.model.single_cuts();
     let split = cuts.get(cuts.len() / 2).map(|cut| partition_at(&[*cut], n));
     let partitions: Vec<Vec<LayerRange>> = [partition_at(&[], n)].into_iter().chain(split).collect();
@@ -227,12 +273,22 @@ fn prove(subject: &mut Subject, way: Rollback) -> Result<usize, String> {
         let mut pipeline = subject.pipeline(partition, &context(way, false))?;
         prove_guesses(&mut pipeline, way, true)?;
         prove_prefixes(&mut pipeline, way)?;
+        let windows = !pipeline.stages.iter().all(|stage| stage.model().keeps_snapshots());
+        let keeps = !windows && subject_keeps;
+        if keeps {
+            prove_snapshots(&mut pipeline, way)?;
+        } else if !windows && prove_snapshots(&mut pipeline, way).is_ok() {
+            return Err("its snapshots are exact, and the table says that they are not".into());
+        }
         // One cache for all is only chosen where copies of a cache would be the price of a guess. There a stream is the
         // same as long as nothing else comes and goes.
         if way == Rollback::Copy {
             let mut pipeline = subject.pipeline(partition, &context(way, true))?;
             prove_guesses(&mut pipeline, way, false)?;
             prove_prefixes(&mut pipeline, way)?;
+            if keeps {
+                prove_snapshots(&mut pipeline, way)?;
+            }
         }
     }
     Ok(partitions.len())

@@ -60,6 +60,10 @@ pub struct NodeConfig {
     pub resume_limit: Duration,
     /// Most bytes that shards and models may take on the disk; none is what it has free.
     pub disk_limit_bytes: Option<u64>,
+    /// Where the system keeps files in memory: KV snapshots go there. None keeps none.
+    pub memory_dir: Option<PathBuf>,
+    /// Most bytes of KV snapshots of each stage; none is a part of what is free, and 0 keeps none.
+    pub snapshot_limit_bytes: Option<u64>,
     /// A server that speaks the hub's protocol, and the token that it wants; none is as the environment says.
     pub hub: Option<Hub>,
     /// Program and arguments of a compute child: usually this very binary and `compute`.
@@ -100,6 +104,8 @@ impl NodeConfig {
             drain_limit: DRAIN_LIMIT,
             resume_limit: RESUME_LIMIT,
             disk_limit_bytes: None,
+            memory_dir: None,
+            snapshot_limit_bytes: None,
             hub: None,
             compute_command,
         }

@@ -112,6 +112,11 @@ impl ControlClient {
         dial.await.map_err(lost)?
     }
 
+    /// The version that a member and this node speak with each other.
+    pub(crate) async fn agreed(&self, node: NodeId) -> Result<u32, CallError> {
+        self.connection(node).await.map(|(_, agreed)| agreed)
+    }
+
     /// Opens a stream to a member and sends a request on it, unless the member's build is too old for it.
     pub(crate) async fn open(&self, to: NodeId, request: &impl Asked) -> Result<(SendStream, RecvStream), CallError> {
         let name = self.membership.name_of(to);

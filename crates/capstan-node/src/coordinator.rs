@@ -34,6 +34,7 @@ use crate::arrival::FileSource;
 use crate::blueprint::Blueprint;
 use crate::coordinator::cuts::{Cut, Supply};
 use crate::coordinator::displace::Displacing;
+use crate::coordinator::wiring::Agreed;
 use crate::node::Shared;
 use crate::session::{self, SessionEvent};
 
@@ -69,7 +70,7 @@ pub(crate) enum Message {
     /// Where the layers could go now. The number tells the questions apart.
     Planned(u64, Result<Placement, String>),
     /// The cluster has agreed on the placement of this layout under this epoch, or has not.
-    Placed(u64, Result<Epoch, NotPlaced>),
+    Placed(u64, Result<Agreed, NotPlaced>),
     /// A node is no member any more.
     MemberLeft(NodeId),
     /// Move the stages away from a node; answer when the model answers without it, or say why not.

@@ -41,6 +41,31 @@ pub(crate) fn make_empty_dir(dir: &Path) -> Result<(), NodeError> {
     std::fs::create_dir_all(dir).map_err(io)
 }
 
+/// The same in a place where others may write, too: nobody else may enter it, and whatever another user has put there
+/// under this name is an error.
+pub(crate) fn make_private_dir(dir: &Path) -> std::io::Result<()> {
+    match std::fs::remove_dir_all(dir) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e),
+        _ => {}
+    }
+    create_private_dir(dir)
+}
+
+/// A folder that nobody else may enter, in one that is there. One that is there already stays as it is.
+pub(crate) fn private_dir(dir: &Path) -> std::io::Result<()> {
+    match create_private_dir(dir) {
+        Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
+        result => result,
+    }
+}
+
+fn create_private_dir(dir: &Path) -> std::io::Result<()> {
+    let mut builder = std::fs::DirBuilder::new();
+    #[cfg(unix)]
+    std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
+    builder.create(dir)
+}
+
 /// Reads a file of ours; none when it is not there.
 pub(crate) fn read(path: &Path) -> Result<Option<Vec<u8>>, NodeError> {
     let io = |source| NodeError::DataDir { path: path.to_owned(), source };

@@ -23,6 +23,7 @@
 //! | `session` | a coordinator's hold on one stage, wherever it runs |
 //! | `stages`, `requests` | the stages that run here; a request's events, bounded |
 //! | `rehearsal` | weights that are made up here, for a stage that only rehearses |
+//! | `snapshots` | the folders in memory where stages keep KV snapshots |
 //! | `arrival`, `runs` | a stage's files come; one run of a stage follows another |
 //! | `generate` | a request's way to its driver and back |
 //! | `placing`, `moving` | where layers go; when a model is loaded anew elsewhere by itself |
@@ -75,6 +76,7 @@ mod scheduling;
 pub mod service;
 mod service_impl;
 mod session;
+mod snapshots;
 mod stages;
 mod supply;
 mod takeover;

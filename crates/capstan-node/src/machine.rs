@@ -78,19 +78,7 @@ impl Machine {
 
     /// Memory in all and free for stages, in bytes.
     pub(crate) fn memory(&self) -> (u64, u64) {
-        let (mut total, mut available) = {
-            let mut system = self.system.lock().unwrap_or_else(PoisonError::into_inner);
-            system.refresh_memory();
-            // A container may have less than its machine.
-            match system.cgroup_limits() {
-                Some(c) => {
-                    // The container's free memory leaves the page cache out, which gives way: what counts is anonymous.
-                    let free = c.total_memory.saturating_sub(c.rss);
-                    (system.total_memory().min(c.total_memory), system.available_memory().min(free))
-                }
-                None => (system.total_memory(), system.available_memory()),
-            }
-        };
+        let (mut total, mut available) = self.of_system();
         let taken = self.taken();
         let sum = |of: fn(&Taken) -> u64| taken.values().map(of).fold(0u64, u64::saturating_add);
         let discrete: Vec<_> = if self.gpu { self.devices() } else { vec![] };
@@ -107,6 +95,27 @@ impl Machine {
             available = available.min(limit.saturating_sub(sum(|t| t.total)));
         }
         (total, available)
+    }
+
+    /// The system's memory, in all and free, in bytes.
+    fn of_system(&self) -> (u64, u64) {
+        let mut system = self.system.lock().unwrap_or_else(PoisonError::into_inner);
+        system.refresh_memory();
+        // A container may have less than its machine.
+        match system.cgroup_limits() {
+            Some(c) => {
+                // The container's free memory leaves the page cache out, which gives way: what counts is anonymous.
+                let free = c.total_memory.saturating_sub(c.rss);
+                (system.total_memory().min(c.total_memory), system.available_memory().min(free))
+            }
+            None => (system.total_memory(), system.available_memory()),
+        }
+    }
+
+    /// What of the system's memory no stage needs, in bytes; a graphics card's is none of it.
+    pub(crate) fn spare_bytes(&self) -> u64 {
+        let free = if self.gpu { self.of_system().1.saturating_sub(KEPT_FREE) } else { u64::MAX };
+        free.min(self.memory().1)
     }
 
     /// Sets memory aside for a stage; when there is not enough, the bytes that are free.

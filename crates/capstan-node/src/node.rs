@@ -44,6 +44,7 @@ use crate::pulling::{self, Pulls};
 use crate::raft_link::{REMOVED, RaftProtocol};
 use crate::rehearsal::Rehearsals;
 use crate::replicas;
+use crate::snapshots::SnapshotHost;
 use crate::stages::StageHost;
 use crate::takeover;
 use crate::view::View;
@@ -115,6 +116,7 @@ pub(crate) struct Shared {
     pub(crate) stages: StageHost,
     pub(crate) cutter: Cutter,
     pub(crate) rehearsals: Rehearsals,
+    pub(crate) snapshots: SnapshotHost,
     pub(crate) models: Models,
     pub(crate) assemblies: Assemblies,
     pub(crate) pulls: Pulls,
@@ -378,6 +380,7 @@ impl Node {
             machine: Arc::new(Machine::new(config.memory_limit_bytes, config.gpu_layers)),
             cutter: Cutter::open(&config.data_dir)?,
             rehearsals: Rehearsals::open(&config.data_dir)?,
+            snapshots: SnapshotHost::open(config.memory_dir.as_deref(), id, config.snapshot_limit_bytes),
             models: Models::open(&config.data_dir)?,
             assemblies: Assemblies::default(),
             pulls: Pulls::default(),
@@ -509,6 +512,7 @@ impl Node {
             tracing::debug!("some connections did not end in time");
         }
         self.shared.store.shutdown().await;
+        self.shared.snapshots.close();
         tracing::info!(node = self.name(), "the node has stopped");
         self.shared.stopped.cancel();
     }

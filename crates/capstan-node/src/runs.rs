@@ -37,6 +37,7 @@ struct Running {
     key: u64,
     sender: mpsc::WeakSender<StageCommand>,
     cut_off: CancellationToken,
+    replaced: CancellationToken,
     over: CancellationToken,
 }
 
@@ -51,6 +52,7 @@ pub(crate) struct Run<'a> {
     key: u64,
     /// Cancelled when a later run cannot wait any longer.
     pub(crate) cut_off: CancellationToken,
+    replaced: CancellationToken,
     over: CancellationToken,
 }
 
@@ -70,16 +72,27 @@ impl Runs {
         let mut table = self.table();
         table.0 += 1;
         let key = table.0;
-        let (cut_off, over) = (CancellationToken::new(), CancellationToken::new());
-        let running = Running { key, sender, cut_off: cut_off.clone(), over: over.clone() };
+        let (cut_off, replaced, over) = Default::default();
+        let run = Run { runs: self, place, key, cut_off, replaced, over };
+        let Run { cut_off, replaced, over, .. } = &run;
+        let (cut_off, replaced, over) = (cut_off.clone(), replaced.clone(), over.clone());
+        let running = Running { key, sender, cut_off, replaced, over };
         let before = table.1.insert(place, running).map(|old| {
             if let Some(sender) = old.sender.upgrade() {
                 // A queue that is full belongs to a run that hangs; it is cut off after a while.
                 sender.try_send(StageCommand::Stop).ok();
             }
+            old.replaced.cancel();
             Before { cut_off: old.cut_off, over: old.over }
         });
-        (Run { runs: self, place, key, cut_off, over }, before)
+        (run, before)
+    }
+}
+
+impl Run<'_> {
+    /// Whether a later run takes its place.
+    pub(crate) fn is_replaced(&self) -> bool {
+        self.replaced.is_cancelled()
     }
 }
 

@@ -21,6 +21,7 @@ use crate::node::Shared;
 use crate::pulse::Pulse;
 use crate::requests::{EventSender, EventStream, is_last, request_queue};
 use crate::runs::{self, Before, Orders, Runs, unless_stopped};
+use crate::snapshots::Claim;
 
 /// Commands and events that wait between a stage and its coordinator. Both sides take them at once; a queue that is
 /// full means that the other side is gone.
@@ -101,6 +102,15 @@ impl Events {
     }
 }
 
+/// Why a stage whose process was not lost ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    /// Its coordinator, or a later run, wanted it.
+    Ordered,
+    /// Its coordinator is gone.
+    Orphaned,
+}
+
 /// Runs a stage until it is stopped, its child ends, or the node stops. The last event says how it ended.
 pub(crate) async fn run_stage(
     shared: std::sync::Arc<Shared>,
@@ -119,9 +129,16 @@ pub(crate) async fn run_stage(
     };
     let Orders { commands, sender } = orders;
     let (run, before) = shared.stages.runs.enter((coordinator, deployment, stage), sender);
-    let task = StageTask::run(&shared, order, source, before, commands, Events(events));
+    let mut claim = None;
+    let task = StageTask::run(&shared, order, source, before, commands, Events(events), &mut claim);
     let reason = tokio::select! {
-        end = task => end.err().unwrap_or_else(|| "was stopped".into()),
+        end = task => {
+            let for_good = end == Ok(End::Ordered) && !run.is_replaced();
+            if let Some(claim) = claim.take().filter(|_| !for_good) {
+                claim.leave();
+            }
+            end.err().unwrap_or_else(|| "was stopped".into())
+        }
         () = run.cut_off.cancelled() => "was ended because its coordinator started it anew".into(),
         () = stop.cancelled() => "was stopped with its node".into(),
         () = stage_stop.cancelled() => "was stopped because its node left the cluster".into(),
@@ -188,14 +205,15 @@ impl StageTask<'_> {
         before: Option<Before>,
         mut commands: mpsc::Receiver<StageCommand>,
         events: Events,
-    ) -> Result<(), String> {
+        claim: &mut Option<Claim>,
+    ) -> Result<End, String> {
         let room = async {
             if let Some(before) = before {
                 before.ended().await;
             }
             runs::reserve(shared, order.memory_bytes).await
         };
-        let Some(room) = unless_stopped(&mut commands, room).await else { return Ok(()) };
+        let Some(room) = unless_stopped(&mut commands, room).await else { return Ok(End::Ordered) };
         let reservation = room.map_err(|free| {
             format!(
                 "has not enough memory: it needs {} and {} are free there, so {} are missing",
@@ -205,13 +223,13 @@ impl StageTask<'_> {
             )
         })?;
         let arrival = Arrival { shared, source, events: &events };
-        let Some(shard) = arrival.shard(&mut order, &mut commands).await? else { return Ok(()) };
+        let Some(shard) = arrival.shard(&mut order, &mut commands).await? else { return Ok(End::Ordered) };
         order.spec.shard = shard.path.clone();
         let mut draft = None;
         if order.spec.scheduling.draft.is_some() {
             draft = arrival.file(StageFile::Draft, order.draft, &mut commands).await?;
             if draft.is_none() {
-                return Ok(());
+                return Ok(End::Ordered);
             }
         }
         order.spec.scheduling.draft = draft.as_ref().map(|file| file.path.clone());
@@ -229,7 +247,7 @@ impl StageTask<'_> {
         let (out, mut messages) = mpsc::channel(CHILD_QUEUE);
         tokio::spawn(read_child(receiver, out));
         let Some(hello) = unless_stopped(&mut commands, timeout(HELLO_TIMEOUT, messages.recv())).await else {
-            return Ok(());
+            return Ok(End::Ordered);
         };
         match hello {
             Ok(Some(FromReader::Message(FromChild::Hello { version: CHILD_VERSION }))) => {}
@@ -261,13 +279,15 @@ impl StageTask<'_> {
             missed: 0,
             cancels,
         };
-        task.tell_child(ToChild::Load(Box::new(spec.clone()))).await?;
+        *claim = shared.snapshots.claim(spec, shared.machine.spare_bytes());
+        let snapshots = claim.as_ref().map(Claim::spec);
+        task.tell_child(ToChild::Load { spec: Box::new(spec.clone()), snapshots }).await?;
         let (mut failure, mut hung) = (None, None);
         let mut kill_at = None;
         let mut pings = tokio::time::interval_at(Instant::now() + PING_EVERY, PING_EVERY);
         // A daemon that was held up itself must not count what its child could not answer meanwhile.
         pings.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        loop {
+        let end = loop {
             let doom_at = task.doom_at;
             let stalled_at = (!task.requests.is_empty()).then(|| task.pulse.due());
             tokio::select! {
@@ -303,8 +323,10 @@ impl StageTask<'_> {
                         task.tell_child(ToChild::Connect(wiring)).await?;
                     }
                     Some(StageCommand::Abort { reason }) => task.abort(&reason).await?,
+                    Some(StageCommand::Snapshots(all_keep)) => task.tell_child(ToChild::Snapshots(all_keep)).await?,
                     Some(StageCommand::Fetch(..)) => {}
-                    Some(StageCommand::Stop) | None => break,
+                    Some(StageCommand::Stop) => break End::Ordered,
+                    None => break End::Orphaned,
                 },
                 Some(Submit { body, reply }) = submitted.recv() => {
                     let answer = task.submit(body).await;
@@ -340,7 +362,7 @@ impl StageTask<'_> {
                     task.child.kill();
                 }
             }
-        }
+        };
         task.fail_all(
             ErrorKind::Unavailable,
             "the model was unloaded, or its node is stopping, while the answer was being made; see `capstan status`",
@@ -352,7 +374,7 @@ impl StageTask<'_> {
             let killed = async { while !matches!(messages.recv().await, Some(FromReader::Exit(_)) | None) {} };
             timeout(SHUTDOWN_TIMEOUT, killed).await.ok();
         }
-        Ok(())
+        Ok(end)
     }
 
     fn sentence(&self, reason: &str) -> String {

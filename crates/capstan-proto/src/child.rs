@@ -14,7 +14,7 @@ use crate::generate::{GenerateEvent, GenerateRequest};
 use crate::{DeploymentId, Epoch, LayerRange, RequestId};
 
 /// Version of this protocol. Daemon and child are the same binary, so they differ only while it is being replaced.
-pub const CHILD_VERSION: u32 = 4;
+pub const CHILD_VERSION: u32 = 5;
 
 /// Where a stage can be reached, and the key it must prove to hold.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -121,11 +121,27 @@ pub struct Wiring {
     pub next: Option<PeerAddr>,
 }
 
+/// Where a stage keeps KV snapshots, so that its successor finds them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotSpec {
+    /// A folder in memory that belongs to this stage of this deployment alone.
+    pub folder: PathBuf,
+    /// Most bytes in it.
+    pub bytes_max: u64,
+}
+
 /// Daemon to child.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum ToChild {
     /// Load the shard. Once.
-    Load(Box<StageSpec>),
+    Load {
+        /// What, and how.
+        spec: Box<StageSpec>,
+        /// Where KV snapshots go; none keeps none.
+        snapshots: Option<SnapshotSpec>,
+    },
+    /// Driver only, before each `Connect`: whether every stage of that ring keeps KV snapshots. Without this none does.
+    Snapshots(bool),
     /// Take this place from now on.
     Connect(Wiring),
     /// Driver only: answer this request.

@@ -16,7 +16,7 @@ use crate::keys::KeyNews;
 use crate::manage::{DeploymentStatus, NodeStatus};
 pub use crate::version::{
     CONTROL_VERSION_MAX, CONTROL_VERSION_MIN, DRAIN_SINCE, HAND_OVER_SINCE, HELLO_BYTES_MAX, Hello, KEYS_SINCE,
-    RESET_BAD_REQUEST, RESET_NOT_UNDERSTOOD, VersionMismatch, WEIGHTS_SINCE,
+    RESET_BAD_REQUEST, RESET_NOT_UNDERSTOOD, SNAPSHOTS_SINCE, VersionMismatch, WEIGHTS_SINCE,
 };
 use crate::weights::{AssembleOrder, Catalogue, PartRequest};
 use crate::{ClusterId, DeploymentId, Epoch, NodeId, limits};
@@ -232,6 +232,9 @@ pub enum StageCommand {
     },
     /// End the stage.
     Stop,
+    /// Driver only, before each [`StageCommand::Connect`]: whether every stage of that ring keeps KV snapshots. Without this
+    /// none does. Since version 12.
+    Snapshots(bool),
 }
 
 /// A stage's node to the coordinator, on the stage's stream.
@@ -477,6 +480,7 @@ mod tests {
         let shard = ShardRef { hash: [0; 32], bytes: 1 };
         assert_eq!(number(&StageCommand::Fetch(StageFile::Shard, shard)), 0);
         assert_eq!(number(&StageCommand::Stop), 3);
+        assert_eq!(number(&StageCommand::Snapshots(true)), 4);
         assert_eq!(number(&StageEvent::Need(StageFile::Draft)), 0);
         assert_eq!(number(&StageEvent::Ended { reason: String::new() }), 8);
         assert_eq!(number(&MemberState::Left), 1);

@@ -61,6 +61,22 @@ pub enum KvOp {
         /// Target.
         to: u32,
     },
+    /// Write what a slot holds, once this micro-batch's rows are computed, to a KV snapshot of this mark, which is one
+    /// of its own for each. Where that cannot be done nothing happens.
+    Save {
+        /// Which.
+        slot: u32,
+        /// By which the snapshot is asked for.
+        mark: u64,
+    },
+    /// Fill an empty slot from the snapshot of this mark, before any row of the epoch. A stage that cannot sends a
+    /// [`KvOp::Clear`] of the slot on in its place, so that the driver learns of it.
+    Restore {
+        /// Which.
+        slot: u32,
+        /// Of which snapshot.
+        mark: u64,
+    },
 }
 
 /// How rows that were computed in vain are taken back from a model's memory of a sequence (design §3).
@@ -275,6 +291,7 @@ fn check_rows(ops: &[KvOp], rows: &[Row]) -> Result<(), DataError> {
     let op_slots = ops.iter().flat_map(|op| match *op {
         KvOp::Clear { slot } | KvOp::Trim { slot, .. } => [slot, slot],
         KvOp::Copy { from, to } => [from, to],
+        KvOp::Save { slot, .. } | KvOp::Restore { slot, .. } => [slot, slot],
     });
     if op_slots.chain(rows.iter().map(|r| r.slot)).any(|s| s >= limits::SLOTS_MAX) {
         return bad("a slot is out of range");

@@ -10,7 +10,7 @@ pub const ROWS_MAX: usize = 4096;
 pub const HIDDEN_WIDTH_MAX: usize = 1 << 17;
 /// Largest micro-batch frame in bytes: 512 MiB, a 4096-row chunk of a 32,768-wide model in f32.
 pub const DATA_BYTES_MAX: usize = 512 << 20;
-/// Largest header of a micro-batch frame: [`ROWS_MAX`] rows of at most 11 bytes, [`KV_OPS_MAX`] operations of 11 and
+/// Largest header of a micro-batch frame: [`ROWS_MAX`] rows of at most 11 bytes, [`KV_OPS_MAX`] operations of 16 and
 /// [`LAYERS_MAX`] stage times of 5, with room to spare.
 pub const DATA_HEADER_BYTES_MAX: usize = 128 << 10;
 /// Most micro-batches under way in a pipeline, and so most steps of one drop notice: two for each of the most stages

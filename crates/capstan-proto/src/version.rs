@@ -29,12 +29,13 @@
 use serde::{Deserialize, Serialize};
 
 /// Every version that this build speaks, oldest first, with what it brought. Consecutive.
-pub const HISTORY: [(u32, &str); 5] = [
+pub const HISTORY: [(u32, &str); 6] = [
     (7, "members are agreed on in a log of their own; poll, stage, generate, update, wire, unload"),
     (8, "API keys travel between members; an unknown request is answered by a reset with its own code"),
     (9, "models that are pulled: catalogues, files put together, parts"),
     (10, "stages are moved away from a node that is to be drained"),
     (11, "the log's leader hands over before it goes"),
+    (12, "stages keep KV snapshots of sequences"),
 ];
 /// Oldest control protocol that this build speaks.
 pub const CONTROL_VERSION_MIN: u32 = HISTORY[0].0;
@@ -48,6 +49,8 @@ pub const WEIGHTS_SINCE: u32 = 9;
 pub const DRAIN_SINCE: u32 = 10;
 /// The version that brought a leader that hands over.
 pub const HAND_OVER_SINCE: u32 = 11;
+/// The version that brought KV snapshots.
+pub const SNAPSHOTS_SINCE: u32 = 12;
 /// Largest [`Hello`] frame: it is read before anything is known of the other side.
 pub const HELLO_BYTES_MAX: usize = 1024;
 /// Code with which the answering side resets a stream whose request it does not know; as in HTTP, "not implemented".

@@ -146,6 +146,7 @@ impl Checker {
             BatchKind::Prefill => self.planned_chunk(batch, now),
             BatchKind::Decode => self.planned_decode(batch, now),
             BatchKind::Guess => self.planned_guess(batch),
+            BatchKind::Restore => Err(format!("step {step} restores what nobody saved")),
         }
     }
 

@@ -49,6 +49,8 @@ impl Shadow {
             KvOp::Clear { slot } => self.0[slot as usize].clear(),
             KvOp::Trim { slot, from } => self.0[slot as usize].truncate(from as usize),
             KvOp::Copy { from, to } => self.0[to as usize] = self.0[from as usize].clone(),
+            // No process is lost here.
+            KvOp::Save { .. } | KvOp::Restore { .. } => {}
         }
     }
 

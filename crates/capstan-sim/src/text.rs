@@ -83,7 +83,7 @@ pub fn alone(model: FakeModel, prompt: &[i32], max_tokens: u32, ctx: u32, text: 
     let mut feed = |tokens: &[i32], from: u32, output: bool| -> Vec<f32> {
         let last = from + tokens.len() as u32 - 1;
         let rows = (from..=last).map(|pos| Row { slot: 0, pos, output: output && pos == last }).collect();
-        let planned = PlannedBatch { step, kind: BatchKind::Prefill, ops: vec![], rows, tokens: vec![] };
+        let planned = PlannedBatch { step, kind: BatchKind::Prefill, ops: vec![], rows, tokens: vec![], saved: None };
         step += 1;
         match stage.forward(&planned.into_micro_batch(Epoch(0), Payload::Tokens(tokens.to_vec()))) {
             Ok(StageOutput::Logits(logits)) => logits,

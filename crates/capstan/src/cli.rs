@@ -7,7 +7,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::commands::{
     bench, cluster, compute, disk, doctor, key, lifecycle, models, pair, plan, pull, rehearse, run, settings,
 };
-use crate::config::{Auto, Listen, LogFormat, Switch, parse};
+use crate::config::{Auto, Listen, LogFormat, SnapshotLimit, Switch, parse};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -90,6 +90,10 @@ pub struct NodeFlags {
     /// [default: auto]
     #[arg(long, value_name = "SIZE", value_parser = parse::auto_size)]
     pub disk_limit: Option<Auto<u64>>,
+    /// Memory that KV snapshots of a stage may take, such as 2GB, `off`, or `auto` for a quarter of what is free
+    /// [env: CAPSTAN_SNAPSHOT_LIMIT] [default: auto]
+    #[arg(long, value_name = "SIZE", value_parser = parse::snapshot_limit)]
+    pub snapshot_limit: Option<SnapshotLimit>,
     /// Layers of a stage to put on a GPU; -1 is all [env: CAPSTAN_GPU_LAYERS] [default: -1]
     #[arg(long, value_name = "N", value_parser = parse::integer, allow_negative_numbers = true)]
     pub gpu_layers: Option<i32>,

@@ -10,8 +10,10 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use crate::cli::{Global, ModelFlags, NodeFlags};
+pub use values::{Auto, Listen, SnapshotLimit, Switch};
 
 pub mod parse;
+mod values;
 
 /// Port of the HTTP API unless told otherwise.
 pub(crate) const API_PORT: u16 = 8420;
@@ -25,7 +27,7 @@ const CONFIG_BYTES_MAX: u64 = 1 << 20;
 const SIMILARITY_MIN: f64 = 0.7;
 
 /// The settings, by the name they have in the config file. Flag and variable follow from it.
-pub const KEYS: [&str; 19] = [
+pub const KEYS: [&str; 20] = [
     "data_dir",
     "name",
     "api_addr",
@@ -36,6 +38,7 @@ pub const KEYS: [&str; 19] = [
     "threads",
     "memory_limit",
     "disk_limit",
+    "snapshot_limit",
     "gpu_layers",
     "measure",
     "ctx",
@@ -124,64 +127,6 @@ pub struct Setting<T> {
     pub source: Source,
 }
 
-/// A value, or `auto`: capstan decides.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Auto<T>(pub Option<T>);
-
-impl<T: fmt::Display> fmt::Display for Auto<T> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.0 {
-            Some(value) => value.fmt(f),
-            None => f.write_str("auto"),
-        }
-    }
-}
-
-/// Where the API listens for other machines; `off` is nowhere.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Listen(pub Option<SocketAddr>);
-
-impl fmt::Display for Listen {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.0 {
-            Some(addr) => addr.fmt(f),
-            None => f.write_str("off"),
-        }
-    }
-}
-
-/// A thing that is done or left, and the words for that.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Switch {
-    /// Done: `on`.
-    On,
-    /// Done where it is right and pays: `auto`.
-    Auto,
-    /// Left: `off`.
-    Off,
-}
-
-impl Switch {
-    /// Whether it is done.
-    pub fn is_on(self) -> bool {
-        self != Self::Off
-    }
-
-    fn word(self) -> &'static str {
-        match self {
-            Self::On => "on",
-            Self::Auto => "auto",
-            Self::Off => "off",
-        }
-    }
-}
-
-impl fmt::Display for Switch {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.word())
-    }
-}
-
 /// How logs are written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -237,6 +182,8 @@ pub struct Config {
     pub memory_limit: Setting<Auto<u64>>,
     /// Bytes that models and shards may take on the disk.
     pub disk_limit: Setting<Auto<u64>>,
+    /// Bytes that KV snapshots of a stage may take.
+    pub snapshot_limit: Setting<SnapshotLimit>,
     /// Layers of a stage on a GPU; negative is all.
     pub gpu_layers: Setting<i32>,
     /// Whether the daemon measures its machine and links.
@@ -311,6 +258,8 @@ impl Config {
             threads: from.pick("threads", node.threads, parse::auto_count, || Ok(Auto(None)))?,
             memory_limit: from.pick("memory_limit", node.memory_limit, parse::auto_size, || Ok(Auto(None)))?,
             disk_limit: from.pick("disk_limit", node.disk_limit, parse::auto_size, || Ok(Auto(None)))?,
+            snapshot_limit: from
+                .pick("snapshot_limit", node.snapshot_limit, parse::snapshot_limit, || Ok(SnapshotLimit::Auto))?,
             gpu_layers: from.pick("gpu_layers", node.gpu_layers, parse::integer, || Ok(-1))?,
             measure: from.pick("measure", node.measure, parse::auto_off, || Ok(Switch::Auto))?,
             ctx: from.pick("ctx", model.ctx, parse::auto_count, || Ok(Auto(None)))?,
@@ -347,6 +296,7 @@ impl Config {
             show("threads", &self.threads, self.threads.value.0),
             show("memory_limit", &self.memory_limit, self.memory_limit.value.0),
             show("disk_limit", &self.disk_limit, self.disk_limit.value.0),
+            show("snapshot_limit", &self.snapshot_limit, self.snapshot_limit.value.bytes()),
             show("gpu_layers", &self.gpu_layers, self.gpu_layers.value),
             show("measure", &self.measure, self.measure.value.word()),
             show("ctx", &self.ctx, self.ctx.value.0),

@@ -3,6 +3,18 @@ use std::process::Command;
 
 use sysinfo::{Pid, ProcessRefreshKind, ProcessStatus, ProcessesToUpdate, System};
 
+/// Where this system keeps files in memory: not on a disk, and gone when the machine goes down.
+pub fn memory_dir() -> Option<std::path::PathBuf> {
+    #[cfg(target_os = "linux")]
+    {
+        Some(std::path::PathBuf::from("/dev/shm")).filter(|dir| dir.is_dir())
+    }
+    #[cfg(not(target_os = "linux"))]
+    {
+        None
+    }
+}
+
 /// This machine's name on its network, when it has one.
 pub fn host_name() -> Option<String> {
     System::host_name()

@@ -1,5 +1,6 @@
 //! Two stages that hash, on threads of their own, and a test that plays the driver, over links in memory.
 use std::net::{IpAddr, Ipv4Addr};
+use std::path::Path;
 use std::sync::{Condvar, Mutex};
 
 use async_trait::async_trait;
@@ -12,6 +13,7 @@ use capstan_proto::{DeploymentId, LayerRange};
 use super::*;
 use crate::link::{Incoming, Outgoing};
 use crate::middle;
+use crate::snapshots::{Keeps, Snapshots};
 
 const STAGES: usize = 3;
 const DRIVER: usize = STAGES - 1;
@@ -130,6 +132,21 @@ impl Stage for Gated {
     }
 }
 
+/// Nothing is saved here.
+impl Keeps for Gated {
+    fn snapshot_bytes(&mut self, _: u32) -> Result<u64, String> {
+        Err("it is not asked for".into())
+    }
+
+    fn save(&mut self, _: u32, _: &Path) -> Result<(u64, u32), String> {
+        Err("it is not asked for".into())
+    }
+
+    fn restore(&mut self, _: u32, _: &Path, _: u32) -> Result<(), String> {
+        Err("it is not asked for".into())
+    }
+}
+
 fn model() -> FakeModel {
     FakeModel::small()
 }
@@ -185,7 +202,8 @@ impl Ring {
             let mut stage = Gated { inside, gate: gate.clone() };
             let (own_events, own_counters) = (events.clone(), counters.clone());
             threads.push(std::thread::spawn(move || {
-                middle::run(&mut stage, &mut queue, &own_events, &own_counters);
+                let mut snapshots = Snapshots::open(None, STAGES as u16);
+                middle::run(&mut stage, &mut snapshots, &mut queue, &own_events, &own_counters);
             }));
             tokio::spawn(wire.serve(Wiring { epoch: EPOCH, prev: Some(peer()), next: Some(peer()) }));
             gates.push(gate);

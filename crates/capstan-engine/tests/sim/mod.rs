@@ -3,10 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use capstan_engine::{
-    BatchKind, Completed, Engine, EngineConfig, FakeModel, FakeStage, FinishedBy, PlannedBatch, Stage, StageOutput,
-    TokenOutcome,
+    BatchKind, Completed, Engine, EngineConfig, FakeModel, FakeSnapshot, FakeStage, FinishedBy, PlannedBatch, Saved,
+    Stage, StageOutput, TokenOutcome,
 };
-use capstan_proto::data::{MicroBatch, Payload};
+use capstan_proto::data::{KvOp, MicroBatch, Payload};
 use capstan_proto::{Epoch, RequestId};
 
 /// The token that ends an answer.
@@ -108,6 +108,12 @@ pub struct Ring {
     dice: Dice,
     /// Tokens of each prompt.
     prompts: BTreeMap<RequestId, usize>,
+    /// Of each stage, by mark, if it keeps snapshots.
+    snapshots: Option<Vec<BTreeMap<u64, FakeSnapshot>>>,
+    /// What the driver has saved.
+    saved: Vec<Saved>,
+    /// Tokens that were in the caches when requests got their slots.
+    pub cached: BTreeMap<RequestId, u32>,
 }
 
 impl Ring {
@@ -135,7 +141,23 @@ impl Ring {
             dropped: BTreeSet::new(),
             dice: Dice(7),
             prompts: BTreeMap::new(),
+            snapshots: None,
+            saved: Vec::new(),
+            cached: BTreeMap::new(),
         }
+    }
+
+    /// From now on stages keep snapshots.
+    pub fn keep_snapshots(&mut self) {
+        self.snapshots = Some(vec![BTreeMap::new(); self.stages.len()]);
+        self.engine.handle_epoch(true, 0, Vec::new());
+    }
+
+    /// Stage `i` has lost about so many of a hundred of its snapshots.
+    pub fn forget(&mut self, i: usize, percent: usize) {
+        let Some(kept) = self.snapshots.as_mut().and_then(|all| all.get_mut(i)) else { return };
+        let dice = &mut self.dice;
+        kept.retain(|_, _| dice.below(100) >= percent);
     }
 
     pub fn submit(&mut self, id: u64, prompt: Vec<i32>, max_tokens: Option<u32>) {
@@ -172,6 +194,8 @@ impl Ring {
         self.epoch = self.epoch.next();
         self.stages.iter_mut().for_each(|s| s.reset(self.epoch).unwrap());
         self.links.iter_mut().for_each(VecDeque::clear);
+        let mark = self.epoch.0 << 32;
+        self.engine.handle_epoch(self.snapshots.is_some(), mark, self.saved.clone());
         self.by_slot.clear();
         self.planned.clear();
         self.dropped.clear();
@@ -184,6 +208,7 @@ impl Ring {
             let batch = self.engine.poll_micro_batch();
             while let Some(started) = self.engine.poll_started() {
                 self.started.push(started.id);
+                self.cached.insert(started.id, started.cached);
                 self.by_slot.insert(started.slot, started.id);
                 self.watched.get_mut(&started.id).unwrap().prompt_rows_left -= started.cached as usize;
             }
@@ -227,7 +252,10 @@ impl Ring {
                     _ => Payload::Hidden(vec![]),
                 };
             }
-            let logits = match self.stages[i].forward(&batch).unwrap() {
+            self.restore(i, &mut batch);
+            let forwarded = self.stages[i].forward(&batch).unwrap();
+            self.save(i, &batch);
+            let logits = match forwarded {
                 StageOutput::Hidden(hidden) => {
                     batch.payload = Payload::Hidden(hidden);
                     None
@@ -245,6 +273,13 @@ impl Ring {
         let us: Vec<u32> =
             self.stages.iter().map(|_| self.row_us.map_or(1 + self.dice.below(1000) as u32, |us| us * rows)).collect();
         self.engine.handle_times(batch.step, &us, us.iter().sum());
+        if self.engine.restores(batch.step) {
+            let restored = batch.ops.iter().filter_map(|op| match op {
+                KvOp::Restore { slot, .. } => Some(*slot),
+                _ => None,
+            });
+            self.engine.handle_restored(&restored.collect::<Vec<_>>());
+        }
         let Completed { outputs, output_rows, .. } = self.engine.handle_completed(batch.step).unwrap();
         assert!(void && output_rows == 0 && outputs.is_empty() || logits.len() == output_rows * n_vocab);
         for (id, index) in outputs {
@@ -271,6 +306,30 @@ impl Ring {
         self.engine.check_invariants().unwrap();
     }
 
+    /// What stage `i` does about snapshots before a micro-batch.
+    fn restore(&mut self, i: usize, batch: &mut MicroBatch) {
+        for op in &mut batch.ops {
+            let KvOp::Restore { slot, mark } = *op else { continue };
+            match self.snapshots.as_ref().unwrap()[i].get(&mark) {
+                Some(snapshot) => self.stages[i].restore(slot, snapshot),
+                None => *op = KvOp::Clear { slot },
+            }
+        }
+    }
+
+    /// And behind it; the last stage is the driver's own.
+    fn save(&mut self, i: usize, batch: &MicroBatch) {
+        for op in &batch.ops {
+            let KvOp::Save { slot, mark } = *op else { continue };
+            self.snapshots.as_mut().unwrap()[i].insert(mark, self.stages[i].save(slot));
+            if i + 1 == self.stages.len() {
+                let saved = self.planned[batch.step as usize].saved.clone().unwrap();
+                assert_eq!((saved.slot, saved.mark), (slot, mark));
+                self.saved.push(saved);
+            }
+        }
+    }
+
     /// Lets everybody act in a random order until nothing is left to do.
     pub fn drain(&mut self, dice: &mut Dice) {
         loop {
@@ -293,7 +352,8 @@ impl Ring {
         let config = self.engine.config().clone();
         assert_eq!(batch.step, self.planned.len() as u64, "steps have no gaps");
         assert_eq!(batch.rows.len(), batch.tokens.len());
-        assert!((1..=config.chunk.max(config.slots) as usize).contains(&batch.rows.len()));
+        assert!(batch.rows.len() <= config.chunk.max(config.slots) as usize);
+        assert_eq!(batch.rows.is_empty(), batch.kind == BatchKind::Restore);
         let prompts_wait = self.by_slot.values().any(|id| self.watched.get(id).is_some_and(|w| w.prompt_rows_left > 0));
         match batch.kind {
             BatchKind::Prefill => {
@@ -320,6 +380,7 @@ impl Ring {
                 assert!(matches!(batch.rows[..], [row] if row.output));
             }
             BatchKind::Measure => assert!(self.watched.is_empty()),
+            BatchKind::Restore => assert_eq!(batch.step, 0, "first, or what is there would be overwritten"),
         }
         // Before its turn come at most all others, each alone, and chunks and guesses between them.
         let bound = 4 * u64::from(config.slots) + 2 * u64::from(config.in_flight_max);

@@ -169,3 +169,9 @@ pub fn rollback(architecture: &str) -> Rollback {
     let whole = table::WHOLE.iter().find(|(name, ..)| *name == architecture);
     whole.map_or(Rollback::None, |(.., rollback)| *rollback)
 }
+
+/// Whether llama.cpp writes down all that it keeps of a sequence, so that one that is read again goes on as if it had never
+/// been away: proved on the tiny models, like [`rollback`].
+pub fn keeps_snapshots(architecture: &str) -> bool {
+    rollback(architecture) != Rollback::None && !table::FORGETFUL.contains(&architecture)
+}

@@ -224,3 +224,6 @@ pub const WHOLE: &[(&str, &str, Rollback)] = &[
     ("graniteswitch", "its router needs the tokens", Unproved),
     ("hrm_text", "its layers run in loops", Unproved),
 ];
+
+/// Architectures of whose sequences llama.cpp does not write everything down.
+pub(super) const FORGETFUL: [&str; 1] = ["qwen4exp"];

@@ -104,6 +104,8 @@ fn node_config(config: &Config) -> Result<NodeConfig> {
         threads: config.threads.value.0,
         memory_limit_bytes: config.memory_limit.value.0,
         disk_limit_bytes: config.disk_limit.value.0,
+        snapshot_limit_bytes: config.snapshot_limit.value.bytes(),
+        memory_dir: crate::os::memory_dir(),
         gpu_layers: config.gpu_layers.value,
         measure: config.measure.value.is_on(),
         mdns: !config.no_mdns.value,

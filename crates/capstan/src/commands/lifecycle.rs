@@ -301,6 +301,8 @@ fn spawn(config: &Config, log: File) -> Result<Child> {
         "no_mdns",
         "threads",
         "memory_limit",
+        "disk_limit",
+        "snapshot_limit",
         "gpu_layers",
         "measure",
         "log_level",

@@ -57,9 +57,9 @@ pub struct LoadArgs {
     /// GGUF of a small model with the same vocabulary, which guesses tokens for the idle stages to check
     #[arg(long, value_name = "DRAFT.gguf")]
     pub draft: Option<std::path::PathBuf>,
-    /// Keep copies of each layer on the disks of so many nodes, so that any can be lost [default: 2 for a model that was
-    /// pulled, none for a file]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=i64::from(REPLICAS_MAX)))]
+    /// Keep copies of each layer on the disks of so many nodes, so that any can be lost; 0 leaves a file where it lies
+    /// [default: 2 where there are other nodes and their disks allow it]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(0..=i64::from(REPLICAS_MAX)))]
     pub replicas: Option<u16>,
     /// What the placement is to be best at, once nodes are measured: one token soonest, most tokens from all slots
     /// together, or both nearly [default: latency]
@@ -89,7 +89,14 @@ pub async fn load(config: &Config, args: &LoadArgs, json: bool) -> Result<ExitCo
             bail!("--nodes and --layers name different nodes; --layers alone is enough");
         }
     }
-    let Some(path) = find(&client, &args.model, args.replicas, json).await? else {
+    let wanted = PullRequest {
+        name: args.name.clone(),
+        nodes: if args.layers.is_empty() { args.nodes.clone() } else { Vec::new() },
+        layers: args.layers.clone(),
+        replicas: args.replicas,
+        ..PullRequest::default()
+    };
+    let Some(path) = find(&client, &args.model, wanted, json).await? else {
         return Ok(ExitCode::from(INTERRUPTED));
     };
     let request = LoadRequest {
@@ -110,7 +117,7 @@ pub async fn load(config: &Config, args: &LoadArgs, json: bool) -> Result<ExitCo
         }
         if !path.starts_with(PULLED) && client.status().await?.nodes.len() > 1 {
             let only = "Its weights lie on this node's disk only: while this node is away, so is the model. \
-                        `--replicas 2` keeps copies on others.";
+                        `capstan load FILE --replicas 2` keeps copies on others.";
             view::print_line(format!("{only}\n"))?;
         }
         let name = view::plain(&deployment.name);
@@ -120,23 +127,37 @@ pub async fn load(config: &Config, args: &LoadArgs, json: bool) -> Result<ExitCo
 }
 
 /// What a load calls a model: a file's path, or a model of the catalogue, pulled first if need be. None when Ctrl-C came.
-/// With `replicas` a file goes into the catalogue, too, so that its layers are copied.
-pub async fn find(client: &Client, model: &Path, replicas: Option<u16>, json: bool) -> Result<Option<String>> {
+/// Where there are other nodes a file goes into the catalogue, too, so that its layers are copied. `wanted` says where
+/// layers should lie, and how many copies there should be of each.
+pub async fn find(client: &Client, model: &Path, wanted: PullRequest, json: bool) -> Result<Option<String>> {
     let pulled = |name: &str| format!("{PULLED}{name}");
+    let replicas = wanted.replicas;
     let pull = async |source: String| {
-        let request = PullRequest { source, replicas, ..PullRequest::default() };
+        // Of what comes from elsewhere there is one copy at least.
+        let replicas = replicas.map(|n| n.max(1));
+        let request = PullRequest { source, replicas, ..wanted.clone() };
         Ok::<_, anyhow::Error>(pull::follow(client, &request, json).await?.map(|name| pulled(&name)))
     };
     let Some(text) = model.to_str().filter(|_| !model.is_file()) else {
         let path = model_path(model)?;
-        return if replicas.is_some() { pull(format!("file:{path}")).await } else { Ok(Some(path)) };
+        if replicas.map_or(client.status().await?.nodes.len() < 2, |n| n == 0) {
+            return Ok(Some(path));
+        }
+        return match pull(format!("file:{path}")).await {
+            // Copies that nobody asked for are not worth a refusal: the disk may be full.
+            Err(why) if replicas.is_none() => {
+                eprintln!("Its layers are not copied: {why:#}");
+                Ok(Some(path))
+            }
+            result => result,
+        };
     };
     let same = |m: &ModelStatus| {
         let pinned = m.revision.as_ref().map(|r| format!("{}@{r}", m.source));
         m.name == text || m.source == text || m.id.to_string() == text || pinned.as_deref() == Some(text)
     };
     if let Some(known) = client.models().await?.iter().find(|m| same(m)) {
-        if replicas.is_some_and(|n| n != known.replicas) {
+        if replicas.is_some_and(|n| n > 0 && n != known.replicas) {
             // Pulled again, by the very same version, only the number of copies changes.
             let revision = known.revision.as_ref().map(|r| format!("@{r}")).unwrap_or_default();
             return pull(format!("{}{revision}", known.source)).await;

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, bail};
 use capstan_proto::limits::PROMPT_BYTES_MAX;
 use capstan_proto::manage::{ClusterStatus, Health, LoadRequest};
+use capstan_proto::weights::PullRequest;
 use clap::Args;
 use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
@@ -136,7 +137,9 @@ async fn ensure_loaded(client: &Client, config: &Config, args: &RunArgs) -> Resu
         return Ok(Some(name));
     }
     // Never as JSON: standard output is the answer's alone, and whoever watches sees the bars on standard error.
-    let Some(path) = models::find(client, Path::new(&args.model), None, false).await? else { return Ok(None) };
+    let Some(path) = models::find(client, Path::new(&args.model), PullRequest::default(), false).await? else {
+        return Ok(None);
+    };
     let objective = args.objective.map(Wanted::into);
     let request = LoadRequest { objective, ..models::request(config, path, args.draft.as_deref())? };
     if let Some(id) = request.path.strip_prefix("pulled:")

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use capstan_proto::limits::{self, DECODE_SLOWDOWN_PERCENT_MAX, DECODE_SLOWDOWN_PERCENT_MIN};
 
-use super::{API_PORT, Auto, DECODE_SLOWDOWN, Listen, LogFormat, Switch};
+use super::{API_PORT, Auto, DECODE_SLOWDOWN, Listen, LogFormat, SnapshotLimit, Switch};
 
 /// A folder; a leading `~/` is the user's home.
 pub fn path(text: &str) -> Result<PathBuf, String> {
@@ -75,6 +75,15 @@ pub fn auto_size(text: &str) -> Result<Auto<u64>, String> {
         _ if text == "auto" => Ok(Auto(None)),
         Ok(size) if size.0 > 0 => Ok(Auto(Some(size.0))),
         _ => Err(format!("{text:?} is neither a size such as 96GiB, 800MB or 1073741824 nor `auto`")),
+    }
+}
+
+/// `auto`, `off` or a size in bytes with an optional suffix.
+pub fn snapshot_limit(text: &str) -> Result<SnapshotLimit, String> {
+    match auto_size(text) {
+        _ if text == "off" => Ok(SnapshotLimit::Off),
+        Ok(Auto(size)) => Ok(size.map_or(SnapshotLimit::Auto, SnapshotLimit::Bytes)),
+        Err(_) => Err(format!("{text:?} is neither a size such as 2GB or 800MiB, nor `auto`, nor `off`")),
     }
 }
 

@@ -412,7 +412,15 @@ impl Chaos {
                 };
                 let name = if trouble == Trouble::FrozenChild { "-STOP" } else { "-KILL" };
                 signal(before.stages[stage].pid.expect("it runs"), name);
-                self.cluster.nodes[0].wait_ready("smol", before.epoch.0).await;
+                let after = self.cluster.nodes[0].wait_ready("smol", before.epoch.0).await;
+                // No prompt here is long enough to be taken from the cache in whole chunks.
+                let snapshots = cfg!(target_os = "linux") && !self.batched;
+                wait_for("answers go on from their snapshots", || async {
+                    let now = self.cluster.nodes[0].deployment("smol").await?;
+                    let cached = now.stages.last().is_some_and(|driver| driver.stats.cached_tokens > 0);
+                    (!snapshots || now.epoch >= after.epoch && cached).then_some(())
+                })
+                .await;
             }
             Trouble::MiddleDaemon | Trouble::DriverDaemon | Trouble::CoordinatorDaemon => {
                 let eye = (victim + 1) % self.cluster.nodes.len();

@@ -244,11 +244,13 @@ impl Cluster {
         cluster
     }
 
-    /// Loads a model from the first node's disk as one stage on each node.
+    /// Loads a model from the first node's disk as one stage on each node; its layers are not copied.
     pub async fn load(&self, path: &Path, name: &str, more: &[&str]) -> DeploymentStatus {
         let names: Vec<&str> = self.nodes.iter().map(|n| n.name.as_str()).collect();
         let (path, nodes) = (path.to_str().expect("UTF-8"), names.join(","));
-        self.nodes[0].cli(&[&["load", path, "--name", name, "--nodes", &nodes], more].concat()).await;
+        self.nodes[0]
+            .cli(&[&["load", path, "--name", name, "--nodes", &nodes, "--replicas", "0"], more].concat())
+            .await;
         self.nodes[0].deployment(name).await.expect("the deployment is there")
     }
 }

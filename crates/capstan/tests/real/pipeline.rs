@@ -137,7 +137,7 @@ impl Pipeline {
             let label = format!("stage {index}");
             let (sender, receiver) =
                 host::spawn(SpawnOptions { command: compute_command(), label }).expect("a process starts");
-            sender.send(ToChild::Load(Box::new(spec))).await.expect("the process listens");
+            sender.send(ToChild::Load { spec: Box::new(spec), snapshots: None }).await.expect("the process listens");
             stages.push((sender, receiver));
         }
         let mut loaded = Vec::new();
