@@ -16,7 +16,7 @@ use crate::guess::{self, Source};
 use crate::invariants::Parts;
 use crate::measure::Measure;
 use crate::prefix::{self, Rules};
-use crate::queue::{Queue, Request, asked};
+use crate::queue::{Queue, Request};
 use crate::report::{Completed, Counters, GuessWanted, PlannedBatch, SequenceStats, Started, TokenOutcome};
 use crate::schedule;
 use crate::sequence::{Guess, Next, Phase, Sequence};
@@ -314,14 +314,14 @@ impl Engine {
             grid: self.config.fixed_shapes.then_some(self.config.chunk),
         };
         while let Some(request) = self.queue.front() {
-            let Some(seat) = prefix::seat(&self.slots.held(), &request.prompt, request.asked(), rules) else { return };
-            let Some(Request { id, prompt, answered, max_tokens }) = self.queue.pop() else { return };
+            let asked = request.asked();
+            let Some(seat) = prefix::seat(&self.slots.held(), &request.prompt, asked, rules) else { return };
+            let Some(Request { id, prompt, max_tokens, .. }) = self.queue.pop() else { return };
             self.ops.extend(seat.ops);
             self.totals.prompt_tokens += prompt.len() as u64;
             self.totals.cached_tokens += u64::from(seat.cached);
             self.started.push_back(Started { id, slot: seat.slot, cached: seat.cached });
             let tokens_max = max_tokens.unwrap_or(u32::MAX);
-            let asked = asked(&prompt, answered);
             let mut sequence = Sequence::new(id, prompt, tokens_max, self.admissions, seat.cached);
             sequence.asked = asked;
             sequence.grid_rows = seat.grid_rows;

@@ -16,13 +16,8 @@ pub(crate) struct Request {
 impl Request {
     /// Tokens of the prompt that were asked.
     pub fn asked(&self) -> u32 {
-        asked(&self.prompt, self.answered)
+        (self.prompt.len() as u32).saturating_sub(self.answered)
     }
-}
-
-/// How many tokens of a prompt were asked when so many of its last ones were answered.
-pub(crate) fn asked(prompt: &[i32], answered: u32) -> u32 {
-    (prompt.len() as u32).saturating_sub(answered)
 }
 
 /// The line before the slots. Its bound is the engine's to keep: it depends on how many slots are free.

@@ -1,9 +1,9 @@
 //! KV snapshots: when a slot's caches are saved, and what a new epoch takes over from them.
 //!
 //! A snapshot is asked for in band, behind a micro-batch's rows, so that every stage saves the same positions. The driver
-//! is the last stage: what it has saved, the others have saved or are about to. In the next epoch the first micro-batch restores what
-//! the driver has; what comes back restored lies in its slot like a former sequence's prefix, and a request that is
-//! handed in again goes on from there.
+//! is the last stage: what it has saved, the others have saved or are about to. In the next epoch the first micro-batch
+//! restores what the driver has; what comes back restored lies in its slot like a former sequence's prefix, and a request
+//! that is handed in again goes on from there.
 use capstan_proto::data::{KvOp, Rollback};
 
 use super::Engine;
